@@ -1,0 +1,212 @@
+//! The few system calls that take raw addresses, each behind a safe function.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// A piece of guest memory, by address. Holds no pointer, so it can outlive the memory and be kept in a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub addr: GuestAddress,
+    /// Length in bytes.
+    pub len: u32,
+}
+
+/// A reusable list of `iovec`s over guest memory. It is only filled while one system call runs.
+#[derive(Default)]
+pub struct IoVecs {
+    vecs: Vec<libc::iovec>,
+}
+
+// SAFETY: the pointers are only there within `with`, which borrows the memory they point to; between calls the list is
+// empty.
+unsafe impl Send for IoVecs {}
+
+/// Guest memory ended before a buffer did.
+#[derive(Debug, thiserror::Error)]
+#[error("a buffer at {0:#x} lies outside of guest memory")]
+pub struct OutsideMemory(pub u64);
+
+impl From<OutsideMemory> for io::Error {
+    fn from(e: OutsideMemory) -> Self {
+        io::Error::new(io::ErrorKind::InvalidInput, e)
+    }
+}
+
+impl IoVecs {
+    /// A list with room for `capacity` pieces, so that filling it does not allocate.
+    pub fn with_capacity(capacity: usize) -> Self {
+        Self {
+            vecs: Vec::with_capacity(capacity),
+        }
+    }
+
+    /// Resolves the bytes `[skip, skip + len)` of `segments` and calls `f` with them.
+    fn with<R>(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        skip: u64,
+        len: u64,
+        f: impl FnOnce(&[libc::iovec]) -> io::Result<R>,
+    ) -> io::Result<R> {
+        self.vecs.clear();
+        let result = self.resolve(memory, segments, skip, len).map_err(io::Error::from);
+        let result = result.and_then(|()| f(&self.vecs));
+        self.vecs.clear();
+        result
+    }
+
+    fn resolve(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        mut skip: u64,
+        mut len: u64,
+    ) -> Result<(), OutsideMemory> {
+        for s in segments {
+            if skip >= u64::from(s.len) {
+                skip -= u64::from(s.len);
+                continue;
+            }
+            let outside = OutsideMemory(s.addr.0);
+            let start = GuestAddress(s.addr.0.checked_add(skip).ok_or(OutsideMemory(s.addr.0))?);
+            let take = (u64::from(s.len) - skip).min(len);
+            skip = 0;
+            for slice in memory.get_slices(start, take as usize) {
+                let Ok(slice) = slice else { return Err(outside) };
+                let guard = slice.ptr_guard_mut();
+                self.vecs.push(libc::iovec {
+                    iov_base: guard.as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+            len -= take;
+            if len == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// preadv(2) of up to `len` bytes into `segments`, from `skip` bytes into them on.
+    pub fn preadv(
+        &mut self,
+        fd: impl AsFd,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+        offset: u64,
+    ) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        self.with(memory, segments, skip, len, |v| {
+            // SAFETY: the iovecs lie in `memory`, which is borrowed and writable; the kernel copies to them as a
+            // volatile access would. The descriptor is borrowed.
+            check(unsafe { libc::preadv(fd, v.as_ptr(), count(v), offset as libc::off_t) })
+        })
+    }
+
+    /// pwritev(2) of up to `len` bytes of `segments`, from `skip` bytes into them on.
+    pub fn pwritev(
+        &mut self,
+        fd: impl AsFd,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+        offset: u64,
+    ) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        self.with(memory, segments, skip, len, |v| {
+            // SAFETY: the iovecs lie in `memory`, which is borrowed; the kernel only reads them.
+            check(unsafe { libc::pwritev(fd, v.as_ptr(), count(v), offset as libc::off_t) })
+        })
+    }
+
+    /// readv(2) into the first `len` bytes of `segments`.
+    pub fn readv(
+        &mut self,
+        fd: impl AsFd,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+    ) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        self.with(memory, segments, skip, len, |v| {
+            // SAFETY: as for `preadv`.
+            check(unsafe { libc::readv(fd, v.as_ptr(), count(v)) })
+        })
+    }
+
+    /// writev(2) of up to `len` bytes of `segments`, from `skip` bytes into them on.
+    pub fn writev(
+        &mut self,
+        fd: impl AsFd,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+    ) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        self.with(memory, segments, skip, len, |v| {
+            // SAFETY: as for `pwritev`.
+            check(unsafe { libc::writev(fd, v.as_ptr(), count(v)) })
+        })
+    }
+}
+
+fn count(v: &[libc::iovec]) -> libc::c_int {
+    // Callers limit segments far below IOV_MAX; the kernel refuses more.
+    v.len() as libc::c_int
+}
+
+fn check(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// fallocate(2) with mode bits.
+pub fn fallocate(fd: impl AsFd, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+    // SAFETY: takes no pointers; the descriptor is borrowed.
+    let r = unsafe {
+        libc::fallocate(
+            fd.as_fd().as_raw_fd(),
+            mode,
+            offset as libc::off_t,
+            len as libc::off_t,
+        )
+    };
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// getrandom(2): fills as much of `buf` as the kernel gives at once, and says how much.
+pub fn getrandom(buf: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the pointer and length are of one slice.
+    check(unsafe { libc::getrandom(buf.as_mut_ptr().cast(), buf.len(), libc::GRND_NONBLOCK) })
+}
+
+/// The access mode and status flags of an open descriptor (fcntl F_GETFL).
+pub fn open_flags(fd: impl AsFd) -> io::Result<i32> {
+    // SAFETY: F_GETFL takes no argument.
+    let r = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_GETFL) };
+    if r >= 0 {
+        Ok(r)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets O_NONBLOCK.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let flags = open_flags(&fd)? | libc::O_NONBLOCK;
+    // SAFETY: F_SETFL takes an integer.
+    let r = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, flags) };
+    if r >= 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
