@@ -1,0 +1,630 @@
+//! The parent's side: what a jail shall be, and starting it.
+
+use std::ffi::{CString, c_char};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::ptr;
+use std::sync::atomic::Ordering::SeqCst;
+
+use crate::cgroup::{self, Leaf};
+use crate::child::{Mode, Placed, Plan, Report, Tools, child_main};
+use crate::clone::{CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP, ChildStack, CloneArgs, clone3};
+use crate::error::{Degradation, JailError, Step};
+use crate::exec::Executable;
+use crate::id::{IdRange, Ids, JailId};
+use crate::landlock;
+use crate::rlimits::Rlimits;
+use crate::shared::{self, Shared};
+use crate::sys::{self, Exit};
+
+/// The highest number that a descriptor may be handed over at.
+pub const MAX_TARGET_FD: RawFd = 255;
+
+/// How the jails of one host are made.
+#[derive(Debug, Clone)]
+pub struct JailerConfig {
+    /// [`Mode::Root`], [`Mode::Rootless`] or [`Mode::Off`]; [`Mode::detect`] chooses.
+    pub mode: Mode,
+    /// The ids that guests may run as (root only).
+    pub ids: IdRange,
+    /// The cgroup (v2) below which each guest gets a leaf, an absolute path; `None` goes without.
+    pub cgroup_parent: Option<PathBuf>,
+    /// What to do about limits that the cgroup cannot set.
+    pub missing_controllers: cgroup::Missing,
+}
+
+/// A descriptor to hand over, and the number that it gets.
+#[derive(Debug, Clone, Copy)]
+pub struct HandOver<'a> {
+    /// The descriptor.
+    pub fd: BorrowedFd<'a>,
+    /// Its number in the VMM, 0 to [`MAX_TARGET_FD`].
+    pub target: RawFd,
+}
+
+/// One jail.
+#[derive(Debug)]
+pub struct JailSpec<'a> {
+    /// Its name; the leaf of the cgroup is called after it.
+    pub id: &'a JailId,
+    /// User and group of the guest's own. Ignored when rootless (all guests run as the user).
+    pub ids: Ids,
+    /// Arguments of the program, with its name first.
+    pub argv: &'a [CString],
+    /// What it gets. Numbers 0, 1 and 2 are /dev/null where nothing else is given for them.
+    pub fds: &'a [HandOver<'a>],
+    /// Limits of its cgroup.
+    pub limits: &'a cgroup::Limits,
+    /// Limits of the process.
+    pub rlimits: Rlimits,
+    /// 0 to 1000; higher is killed sooner when the host is out of memory. `None` leaves it.
+    pub oom_score_adj: Option<u16>,
+    /// No other guest's thread on the other half of a core (PR_SCHED_CORE). Costs throughput; see docs/security.md.
+    pub core_scheduling: bool,
+    /// End the program when the thread that calls [`Jailer::spawn`] ends. Not for guests that outlive their daemon.
+    pub die_with_parent: bool,
+}
+
+/// A running jail. Dropping it changes nothing: guests outlive the daemon.
+#[derive(Debug)]
+pub struct Jail {
+    /// Process number on the host.
+    pub pid: i32,
+    /// The process itself, whatever becomes of its number.
+    pub pidfd: OwnedFd,
+    /// Its cgroup.
+    pub leaf: Option<Leaf>,
+    /// What this jail lacks beyond what [`Jailer::degradations`] tells.
+    pub degradations: Vec<Degradation>,
+}
+
+impl Jail {
+    /// Ends the program at once (SIGKILL).
+    ///
+    /// # Errors
+    /// `ESRCH` when it has ended and been waited for.
+    pub fn kill(&self) -> io::Result<()> {
+        sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL)
+    }
+
+    /// Sends a signal. As number 1 of its pid namespace the program ignores what it has no handler for, but SIGKILL.
+    ///
+    /// # Errors
+    /// `ESRCH` when it has ended and been waited for, `EINVAL` for what is no signal.
+    pub fn signal(&self, signal: i32) -> io::Result<()> {
+        sys::pidfd_send_signal(self.pidfd.as_fd(), signal)
+    }
+
+    /// Waits for its end. The pidfd becomes readable then, for those who poll.
+    ///
+    /// # Errors
+    /// `ECHILD` when it is not this process's child, or was waited for.
+    pub fn wait(&self) -> io::Result<Exit> {
+        sys::wait_pidfd(self.pidfd.as_fd(), true)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ECHILD))
+    }
+
+    /// How it ended; `None` when it still runs.
+    ///
+    /// # Errors
+    /// As [`Jail::wait`].
+    pub fn try_wait(&self) -> io::Result<Option<Exit>> {
+        sys::wait_pidfd(self.pidfd.as_fd(), false)
+    }
+
+    /// Kills, waits, and removes the cgroup.
+    ///
+    /// # Errors
+    /// When the cgroup cannot be removed. A program that has ended already is no error.
+    pub fn destroy(mut self) -> Result<Option<Exit>, JailError> {
+        // ESRCH: it ended before.
+        let _ = self.kill();
+        let exit = self.wait().ok();
+        if let Some(leaf) = &mut self.leaf {
+            leaf.remove()?;
+        }
+        Ok(exit)
+    }
+}
+
+/// Makes jails. Holds what they share; make one per daemon. Its methods may be called from several threads; each call
+/// of [`Jailer::spawn`] suspends its thread for the 0.3 ms that a start takes.
+#[derive(Debug)]
+pub struct Jailer {
+    mode: Mode,
+    ids: IdRange,
+    shared: Option<Shared>,
+    landlock: Option<OwnedFd>,
+    cgroup: Option<cgroup::Parent>,
+    missing: cgroup::Missing,
+    null: OwnedFd,
+    last_capability: u32,
+    degradations: Vec<Degradation>,
+}
+
+impl Mode {
+    /// Root when this is root, rootless otherwise.
+    pub fn detect() -> Mode {
+        if sys::effective_ids().0 == 0 {
+            Mode::Root
+        } else {
+            Mode::Rootless
+        }
+    }
+}
+
+impl Jailer {
+    /// Makes what all jails share: their empty namespaces, the landlock rule set, the cgroup they are in.
+    ///
+    /// As root this also makes the calling process non-dumpable: the jails' processes share its memory for an instant
+    /// while they run under the guest's ids already.
+    ///
+    /// # Errors
+    /// [`JailError`] with what is missing; nothing is left behind.
+    pub fn new(config: &JailerConfig) -> Result<Jailer, JailError> {
+        let cgroup = config
+            .cgroup_parent
+            .as_deref()
+            .map(cgroup::Parent::open)
+            .transpose()?;
+        let mut degradations = cgroup
+            .as_ref()
+            .map(cgroup::Parent::degradations)
+            .unwrap_or_default();
+        if cgroup.is_none() && config.mode != Mode::Off {
+            degradations.push(no_cgroup());
+        }
+        let (uid, gid) = sys::effective_ids();
+        let made = match config.mode {
+            Mode::Off => None,
+            Mode::Root => {
+                sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0).map_err(dumpable)?;
+                Some(shared::as_root((config.ids.first(), config.ids.count()))?)
+            }
+            Mode::Rootless => Some(shared::rootless(uid, gid)?),
+        };
+        let shared = made.map(|(shared, lacks)| {
+            degradations.extend(lacks);
+            shared
+        });
+        let mut landlock = None;
+        match config.mode {
+            Mode::Off => degradations.push(no_jail()),
+            Mode::Root | Mode::Rootless => match landlock::deny_all() {
+                Ok((ruleset, version)) => {
+                    landlock = Some(ruleset);
+                    degradations.extend(landlock::lacks(version));
+                }
+                Err(lack) => degradations.push(lack),
+            },
+        }
+        if config.mode == Mode::Rootless {
+            degradations.push(one_user(uid));
+        }
+        let null = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+            .map_err(|source| JailError::File {
+                attempt: "opening",
+                path: "/dev/null".into(),
+                source,
+                advice: "mount a /dev",
+            })?;
+        Ok(Jailer {
+            mode: config.mode,
+            ids: config.ids,
+            shared,
+            landlock,
+            cgroup,
+            missing: config.missing_controllers,
+            null: null.into(),
+            last_capability: last_capability(),
+            degradations,
+        })
+    }
+
+    /// What every jail of this host lacks, for `shoal doctor` and for the log at the start.
+    pub fn degradations(&self) -> &[Degradation] {
+        &self.degradations
+    }
+
+    /// How much of a jail is made.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// The cgroup of all jails.
+    pub fn cgroup(&self) -> Option<&cgroup::Parent> {
+        self.cgroup.as_ref()
+    }
+
+    /// Starts `program` in a jail. On return it has been executed: the kernel has accepted it and its first
+    /// instruction is next.
+    ///
+    /// # Errors
+    /// [`JailError::Step`] names the step that failed; there is no process, no cgroup and no mount of this jail then.
+    pub fn spawn(&self, program: &Executable, spec: &JailSpec<'_>) -> Result<Jail, JailError> {
+        self.check_ids(spec.ids)?;
+        let mut handed = place(spec.fds, self.null.as_fd())?;
+        let argv = Argv::new(spec.argv)?;
+        let mut degradations = Vec::new();
+        let mut leaf = None;
+        if let Some(parent) = &self.cgroup {
+            let (made, lacks) = parent.create(spec.id, spec.limits, self.missing)?;
+            degradations.extend(lacks);
+            leaf = Some(RemovedOnFailure(Some(made)));
+        }
+        let started = self.start(
+            program,
+            spec,
+            &mut handed,
+            &argv,
+            leaf.as_ref().and_then(RemovedOnFailure::get),
+        );
+        let (pid, pidfd, skipped) = started?;
+        degradations.extend(skipped);
+        Ok(Jail {
+            pid,
+            pidfd,
+            leaf: leaf.and_then(RemovedOnFailure::keep),
+            degradations,
+        })
+    }
+
+    fn check_ids(&self, ids: Ids) -> Result<(), JailError> {
+        let (uid, gid) = (ids.uid(), ids.gid());
+        if self.mode == Mode::Root && !(self.ids.contains(uid) && self.ids.contains(gid)) {
+            let last = u64::from(self.ids.first()) + u64::from(self.ids.count()) - 1;
+            return Err(JailError::IdsOutside {
+                uid,
+                gid,
+                allowed: format!("{} to {last}", self.ids.first()),
+            });
+        }
+        Ok(())
+    }
+
+    /// Clones, and reads the report.
+    fn start(
+        &self,
+        program: &Executable,
+        spec: &JailSpec<'_>,
+        handed: &mut [Placed],
+        argv: &Argv,
+        leaf: Option<&Leaf>,
+    ) -> Result<(i32, OwnedFd, Vec<Degradation>), JailError> {
+        let system = |attempt| {
+            move |source| JailError::System {
+                attempt,
+                source,
+                advice: "free memory or descriptors (see RLIMIT_NOFILE)",
+            }
+        };
+        let stack = ChildStack::new().map_err(system("mapping a stack"))?;
+        let inner_stack = ChildStack::new().map_err(system("mapping a stack"))?;
+        // The parent keeps `_alive`; while it is open the child knows that the parent lives.
+        let (_alive, lifeline) = sys::pipe().map_err(system("making a pipe"))?;
+        let raw = |fd: Option<BorrowedFd<'_>>| fd.map_or(-1, |fd| fd.as_raw_fd());
+        let shared = self.shared.as_ref();
+        let report = Report::default();
+        let rlimits = spec.rlimits.settings(self.mode == Mode::Root);
+        let oom_score_adj = spec.oom_score_adj.map(|score| score.min(1000).to_string());
+        let envp: [*const c_char; 1] = [ptr::null()];
+        let mut inner = clone_args(
+            &inner_stack,
+            (libc::CLONE_PARENT | libc::CLONE_PARENT_SETTID) as u64,
+        );
+        inner.parent_tid = report.inner_pid.as_ptr() as u64;
+        let mut plan = Plan {
+            report: &report,
+            mode: self.mode,
+            handed,
+            tools: Tools {
+                program: program.fd().as_raw_fd(),
+                mount: raw(shared.map(|s| s.mount.as_fd())),
+                net: raw(shared.map(|s| s.net.as_fd())),
+                user: raw(shared.and_then(|s| s.user.as_ref()).map(AsFd::as_fd)),
+                landlock: raw(self.landlock.as_ref().map(AsFd::as_fd)),
+                lifeline: lifeline.as_raw_fd(),
+            },
+            uid: spec.ids.uid(),
+            gid: spec.ids.gid(),
+            rlimits: &rlimits,
+            oom_score_adj: oom_score_adj.as_ref().map(String::as_bytes),
+            last_capability: self.last_capability,
+            core_scheduling: spec.core_scheduling,
+            die_with_parent: spec.die_with_parent,
+            argv: argv.as_ptr(),
+            envp: envp.as_ptr(),
+            inner,
+        };
+        let mut args = clone_args(&stack, CLONE_CLEAR_SIGHAND);
+        args.exit_signal = libc::SIGCHLD as u64;
+        if self.mode == Mode::Root {
+            args.flags |= (libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS) as u64;
+        }
+        if let Some(leaf) = leaf {
+            args.flags |= CLONE_INTO_CGROUP;
+            args.cgroup = leaf.dir().as_raw_fd() as u64;
+        }
+        // Rootless, the jail's process is made by the child, and its pidfd is opened afterwards.
+        let mut pidfd: libc::c_int = -1;
+        if self.mode != Mode::Rootless {
+            args.flags |= libc::CLONE_PIDFD as u64;
+            args.pidfd = &raw mut pidfd as u64;
+        }
+        let cloned = {
+            let _quiet = SignalsBlocked::new();
+            // SAFETY: CLONE_VM | CLONE_VFORK with a stack of the child's own: this thread is suspended until the child
+            // has exec'd or ended; what the plan points to lives until the end of this function, which does not
+            // return before both processes that might use it have done so (`outcome` sees to the inner one).
+            unsafe { clone3(&args, child_main, (&raw mut plan).cast()) }
+        };
+        let pid = cloned.map_err(|errno| step_error(spec.id, Step::Clone, errno))?;
+        // SAFETY: clone3 made this descriptor for us alone.
+        let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
+        let (pid, pidfd) = self.outcome(spec.id, pid, pidfd, &report)?;
+        Ok((pid, pidfd, skipped(report.skipped.load(SeqCst))))
+    }
+
+    /// Learns from the report what became of the child, and waits for processes that are not the jail's.
+    fn outcome(
+        &self,
+        id: &JailId,
+        outer: i32,
+        pidfd: Option<OwnedFd>,
+        report: &Report,
+    ) -> Result<(i32, OwnedFd), JailError> {
+        let mut jailed = outer;
+        if self.mode == Mode::Rootless {
+            // The first process has ended, or will at once; the second is our child.
+            let exit = sys::wait_pid(outer);
+            jailed = report.inner_pid.load(SeqCst);
+            if jailed == 0 {
+                return Err(not_started(id, report, exit.ok().flatten()));
+            }
+            if report.inner_done.load(SeqCst) == 0 {
+                // Somebody killed the first one, and the second still uses the memory of this call.
+                // SAFETY: a child of ours that has not been waited for.
+                unsafe { libc::kill(jailed, libc::SIGKILL) };
+                let exit = sys::wait_pid(jailed);
+                return Err(not_started(id, report, exit.ok().flatten()));
+            }
+        }
+        let exec_begun = report.step.load(SeqCst) == Step::Exec as u32;
+        if !exec_begun || report.errno.load(SeqCst) != 0 {
+            let exit = sys::wait_pid(jailed);
+            return Err(not_started(id, report, exit.ok().flatten()));
+        }
+        match pidfd.map_or_else(|| sys::pidfd_open(jailed), Ok) {
+            Ok(pidfd) => Ok((jailed, pidfd)),
+            Err(source) => {
+                // SAFETY: a child of ours that has not been waited for.
+                unsafe { libc::kill(jailed, libc::SIGKILL) };
+                // It is ours and was killed: the wait ends.
+                let _ = sys::wait_pid(jailed);
+                let advice = "free descriptors (see RLIMIT_NOFILE)";
+                Err(JailError::System {
+                    attempt: "opening a pidfd",
+                    source,
+                    advice,
+                })
+            }
+        }
+    }
+}
+
+/// Flags and stack of a clone in the manner of vfork.
+fn clone_args(stack: &ChildStack, flags: u64) -> CloneArgs {
+    CloneArgs {
+        flags: flags | (libc::CLONE_VM | libc::CLONE_VFORK) as u64,
+        stack: stack.bottom(),
+        stack_size: ChildStack::SIZE as u64,
+        ..CloneArgs::default()
+    }
+}
+
+fn step_error(id: &JailId, step: Step, errno: i32) -> JailError {
+    JailError::Step {
+        id: id.to_string(),
+        step,
+        errno,
+    }
+}
+
+fn not_started(id: &JailId, report: &Report, exit: Option<Exit>) -> JailError {
+    let step = Step::from_number(report.step.load(SeqCst)).unwrap_or(Step::Clone);
+    match report.errno.load(SeqCst) {
+        0 => JailError::Cut {
+            id: id.to_string(),
+            step,
+            exit,
+        },
+        errno => step_error(id, step, errno),
+    }
+}
+
+/// The leaf of a jail that is being made: removed unless the jail comes to be.
+struct RemovedOnFailure(Option<Leaf>);
+
+impl RemovedOnFailure {
+    fn get(&self) -> Option<&Leaf> {
+        self.0.as_ref()
+    }
+
+    fn keep(mut self) -> Option<Leaf> {
+        self.0.take()
+    }
+}
+
+impl Drop for RemovedOnFailure {
+    fn drop(&mut self) {
+        if let Some(leaf) = &mut self.0 {
+            // Its process was waited for, so it is empty; the error that led here is the one to tell.
+            let _ = leaf.remove();
+        }
+    }
+}
+
+/// Blocks all signals of this thread, so that none of this process's handlers runs in the child on its way.
+struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    fn new() -> SignalsBlocked {
+        // SAFETY: plain data for which zeroes are valid; both sets live on this stack.
+        unsafe {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+            SignalsBlocked(before)
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: the set was filled by pthread_sigmask.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
+    }
+}
+
+/// Arguments as the kernel takes them.
+struct Argv {
+    pointers: Vec<*const c_char>,
+    _strings: Vec<CString>,
+}
+
+impl Argv {
+    fn new(arguments: &[CString]) -> Result<Argv, JailError> {
+        if arguments.is_empty() {
+            return Err(JailError::Argument {
+                index: 0,
+                why: "the name of the program is missing",
+            });
+        }
+        let strings = arguments.to_vec();
+        let mut pointers: Vec<_> = strings.iter().map(|text| text.as_ptr()).collect();
+        pointers.push(ptr::null());
+        Ok(Argv {
+            pointers,
+            _strings: strings,
+        })
+    }
+
+    fn as_ptr(&self) -> *const *const c_char {
+        self.pointers.as_ptr()
+    }
+}
+
+/// Checks and sorts the descriptors, and fills 0 to 2 with /dev/null.
+fn place(fds: &[HandOver<'_>], null: BorrowedFd<'_>) -> Result<Vec<Placed>, JailError> {
+    let mut placed: Vec<Placed> = fds
+        .iter()
+        .map(|hand| Placed {
+            source: hand.fd.as_raw_fd(),
+            target: hand.target,
+        })
+        .collect();
+    for target in 0..3 {
+        if !placed.iter().any(|p| p.target == target) {
+            placed.push(Placed {
+                source: null.as_raw_fd(),
+                target,
+            });
+        }
+    }
+    placed.sort_by_key(|p| p.target);
+    if let Some(p) = placed.iter().find(|p| !(0..=MAX_TARGET_FD).contains(&p.target)) {
+        let why = format!("number {} lies outside 0 to {MAX_TARGET_FD}", p.target);
+        return Err(JailError::HandOver { why });
+    }
+    if let Some(pair) = placed.windows(2).find(|pair| pair[0].target == pair[1].target) {
+        return Err(JailError::HandOver {
+            why: format!("number {} is asked for twice", pair[0].target),
+        });
+    }
+    Ok(placed)
+}
+
+/// The number of the last capability that the kernel knows; 63 when it does not say, which is as many as there can be.
+fn last_capability() -> u32 {
+    let text = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap").unwrap_or_default();
+    text.trim().parse().unwrap_or(63).min(63)
+}
+
+/// Steps that were passed over, in words.
+fn skipped(bits: u32) -> Vec<Degradation> {
+    let all = [
+        (
+            Step::OomScore,
+            Degradation {
+                what: "oom_score_adj",
+                because: "/proc/self/oom_score_adj could not be written".to_owned(),
+                consequence: "the host's own processes may be killed for a guest's memory",
+                remedy: "mount /proc on the host",
+            },
+        ),
+        (
+            Step::Keyring,
+            Degradation {
+                what: "session keyring",
+                because: "the kernel has no keys, or the user's quota of them is used up".to_owned(),
+                consequence: "keys of the daemon's session are kept from the VMM by seccomp only",
+                remedy: "raise kernel.keys.maxkeys",
+            },
+        ),
+        (
+            Step::CoreScheduling,
+            Degradation {
+                what: "core scheduling",
+                because: "the kernel refuses it (no CONFIG_SCHED_CORE, or a machine without SMT)".to_owned(),
+                consequence: "where SMT is on, a guest may watch another on the same core",
+                remedy: "turn SMT off, or use a kernel with CONFIG_SCHED_CORE",
+            },
+        ),
+    ];
+    all.into_iter()
+        .filter(|(step, _)| bits & (1 << *step as u32) != 0)
+        .map(|(_, lack)| lack)
+        .collect()
+}
+
+fn dumpable(errno: i32) -> JailError {
+    let source = io::Error::from_raw_os_error(errno);
+    JailError::System {
+        attempt: "making this process non-dumpable (prctl)",
+        source,
+        advice: "see prctl(2)",
+    }
+}
+
+fn no_cgroup() -> Degradation {
+    Degradation {
+        what: "cgroup",
+        because: "no cgroup of version 2 was given for the guests".to_owned(),
+        consequence: "a VMM that was taken over can use up the host's memory, processors and disks",
+        remedy: "give a cgroup of version 2 that is delegated to this user (--cgroup-parent)",
+    }
+}
+
+fn no_jail() -> Degradation {
+    Degradation {
+        what: "jail",
+        because: "it is turned off".to_owned(),
+        consequence: "a VMM that was taken over has everything that this user has",
+        remedy: "leave --no-jail away",
+    }
+}
+
+fn one_user(uid: u32) -> Degradation {
+    Degradation {
+        what: "a user per guest",
+        because: "without root, all guests run as the one user that started them".to_owned()
+            + &format!(" ({uid})"),
+        consequence: "between guests and that user's files and processes stand the namespaces, landlock and seccomp, but not the uid",
+        remedy: "run as root",
+    }
+}
