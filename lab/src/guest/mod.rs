@@ -3,6 +3,7 @@
 mod init;
 mod ports;
 mod session;
+mod shares;
 mod test_programs;
 
 pub use test_programs::run as run_test_programs;
@@ -54,6 +55,7 @@ pub fn main() -> Result<std::convert::Infallible, GuestError> {
 
 fn work(job: &Job, control: &mut File) -> Result<Message, GuestError> {
     init::prepare()?;
+    shares::mount_all(&job.shares)?;
     session::run(job, |uptime_ns| say(control, &Message::Up { uptime_ns }))
 }
 

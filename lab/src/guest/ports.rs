@@ -16,7 +16,12 @@ pub fn open_for_writing(number: u32) -> Result<File, GuestError> {
     open(number, OpenOptions::new().write(true))
 }
 
-/// Opens a port for reading, and for writing through the second file.
+/// Opens a port for both. A read gives 0 as long as the host is not there, so write first: that waits.
+pub fn open_for_both(number: u32) -> Result<File, GuestError> {
+    open(number, OpenOptions::new().read(true).write(true))
+}
+
+/// Opens a port for reading only.
 pub fn open_for_reading(number: u32) -> Result<PortReader, GuestError> {
     let file = open(
         number,

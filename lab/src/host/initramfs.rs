@@ -6,7 +6,7 @@ use crate::job::{JOB_PATH, Job};
 use crate::modules::{Module, modules_alias, modules_dep};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 
 /// Loaded before the command starts.
@@ -55,7 +55,7 @@ const GROUP: &[u8] = b"root:x:0:\nkvm:x:36:\nnogroup:x:65534:\n";
 const HOSTS: &[u8] = b"127.0.0.1 localhost shoal-lab\n::1 localhost\n";
 
 /// Builds the archive. `job` gets the list of modules to load.
-pub fn build(sources: &Sources, job: &mut Job, copies: &[std::path::PathBuf]) -> Result<Vec<u8>, LabError> {
+pub fn build(sources: &Sources, job: &mut Job, copies: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::new();
     for directory in [
         "dev", "proc", "sys", "run", "tmp", "root", "mnt", "var/tmp", "lab", "etc", "bin",
@@ -128,8 +128,8 @@ fn add_modules(archive: &mut Archive, sources: &Sources, job: &mut Job) -> Resul
     Ok(())
 }
 
-/// Adds a file or a directory with all below it, at its own absolute path. A link that is named is followed; links
-/// below a directory stay links.
+/// Adds a file or a directory with all below it, at its own absolute path. Links are followed, but for those below a
+/// directory that lead to something beside or below them.
 fn add_tree(archive: &mut Archive, path: &Path) -> Result<(), LabError> {
     let meta = fs::metadata(path).map_err(LabError::system(format!("copy {}", path.display())))?;
     let name = path.to_str().ok_or_else(|| LabError::Share {
@@ -141,18 +141,26 @@ fn add_tree(archive: &mut Archive, path: &Path) -> Result<(), LabError> {
         return Ok(());
     }
     if !meta.is_dir() {
+        let why = "it is neither a file nor a directory".into();
         return Err(LabError::Share {
             path: path.to_owned(),
-            why: "it is neither a file nor a directory".into(),
+            why,
         });
     }
     archive.directory(name);
     let failed = || LabError::system(format!("list {}", path.display()));
     for entry in fs::read_dir(path).map_err(failed())? {
         let entry = entry.map_err(failed())?.path();
+        let near = |target: &Path| {
+            target
+                .components()
+                .all(|part| matches!(part, Component::Normal(_)))
+        };
         match fs::read_link(&entry) {
-            Ok(target) => archive.symlink(&entry.to_string_lossy(), &target.to_string_lossy()),
-            Err(_) => add_tree(archive, &entry)?,
+            Ok(target) if near(&target) => {
+                archive.symlink(&entry.to_string_lossy(), &target.to_string_lossy())
+            }
+            _ => add_tree(archive, &entry)?,
         }
     }
     Ok(())

@@ -1,10 +1,12 @@
 //! The host's side: from a command to a running machine, and its streams and exit code back.
 
+pub(crate) mod fuse;
 mod initramfs;
 mod locate;
 mod qemu;
 mod relay;
 mod run;
+mod share_fs;
 
 pub use locate::{BuildDir, Sources};
 pub use run::{Options, Outcome, ShareDir, Timings, run};

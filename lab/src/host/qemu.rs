@@ -27,6 +27,7 @@ pub struct Machine<'a> {
     pub icount: bool,
     /// All of the kernel's messages, not only warnings.
     pub verbose_kernel: bool,
+    pub shares: usize,
 }
 
 /// A running QEMU with our ends of its channels. Dropping it kills it.
@@ -38,6 +39,7 @@ pub struct Running {
     pub stdout: UnixStream,
     pub stderr: UnixStream,
     pub stdin: UnixStream,
+    pub shares: Vec<UnixStream>,
 }
 
 impl Running {
@@ -123,6 +125,10 @@ pub fn start(machine: &Machine<'_>) -> Result<Running, LabError> {
     let stderr = channels.port(&mut command, port::STDERR)?;
     let stdin = channels.port(&mut command, port::STDIN)?;
 
+    let shares = (port::FIRST_SHARE..)
+        .take(machine.shares)
+        .map(|number| channels.port(&mut command, number))
+        .collect::<Result<_, _>>()?;
     let child = spawn(command, &channels.theirs)?;
     Ok(Running {
         child,
@@ -131,6 +137,7 @@ pub fn start(machine: &Machine<'_>) -> Result<Running, LabError> {
         stdout,
         stderr,
         stdin,
+        shares,
     })
 }
 

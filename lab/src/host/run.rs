@@ -1,10 +1,12 @@
 //! One start of the lab, from options to the command's exit code.
 
 use super::relay::{self, Event, Tail};
-use super::{BuildDir, LabError, LogTail, Sources, initramfs, qemu};
+use super::share_fs::ShareFs;
+use super::{BuildDir, LabError, LogTail, Sources, fuse, initramfs, qemu};
 use crate::job::{Job, Message, Share, Stdin, port};
 use std::env;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
@@ -121,8 +123,8 @@ pub fn run(
 ) -> Result<Outcome, LabError> {
     let begin = Instant::now();
     let sources = Sources::find(options.kernel_tree.as_deref(), options.build.as_ref())?;
-    let (mut job, copies) = plan(options)?;
-    let archive = initramfs::build(&sources, &mut job, &copies)?;
+    let mut plan = Plan::new(options)?;
+    let archive = initramfs::build(&sources, &mut plan.job, &plan.copies)?;
     let copied = (archive.len() as u64) >> 20;
     if copied * 3 > u64::from(options.memory) {
         return Err(LabError::TooMuch {
@@ -137,56 +139,91 @@ pub fn run(
         memory: options.memory,
         icount: options.icount,
         verbose_kernel: options.kernel_log,
+        shares: plan.shares.len(),
     })?;
     drop(archive);
+    for (share, port) in plan.shares.iter().zip(&running.shares) {
+        let files = ShareFs::open_root(&share.host, share.writable).map_err(LabError::system(format!(
+            "open the shared directory {}",
+            share.host.display()
+        )))?;
+        fuse::serve(copy(port)?, files);
+    }
     let mut session = Session::begin(running, options, begin, stdout, stderr)?;
     session.timings.started = begin.elapsed();
     session.wait()
 }
 
-/// The job for the machine, and all that is to be copied into it.
-fn plan(options: &Options) -> Result<(Job, Vec<PathBuf>), LabError> {
-    let mut copies = options.copies.clone();
-    let shares = options.shares.clone();
-    if let Some(share) = shares.first() {
-        return Err(LabError::Share {
-            path: share.host.clone(),
-            why: "this version only copies (--copy)".into(),
-        });
+/// What the options come to.
+struct Plan {
+    job: Job,
+    copies: Vec<PathBuf>,
+    /// In the order of the job's.
+    shares: Vec<ShareDir>,
+}
+
+impl Plan {
+    fn new(options: &Options) -> Result<Self, LabError> {
+        let mut copies = options.copies.clone();
+        let mut shares = options.shares.clone();
+        match &options.build {
+            // What is measured must not wait for the host.
+            Some(BuildDir(build)) if options.icount => {
+                copies.push(build.join("bin"));
+                copies.extend(options.command.iter().filter_map(|word| named_file(word, build)));
+            }
+            Some(BuildDir(build)) if shares.iter().all(|share| share.guest != *build) => {
+                shares.push(ShareDir {
+                    host: build.clone(),
+                    guest: build.clone(),
+                    writable: false,
+                });
+            }
+            _ => {}
+        }
+        if let Some(share) = shares.get(port::MAX_SHARES) {
+            let why = format!("a machine has at most {} shares", port::MAX_SHARES);
+            return Err(LabError::Share {
+                path: share.host.clone(),
+                why,
+            });
+        }
+        let mut copied = Vec::new();
+        for path in &copies {
+            let path =
+                std::path::absolute(path).map_err(LabError::system(format!("find {}", path.display())))?;
+            // What is shared at its own path is there, and would cover the copy.
+            if !shares
+                .iter()
+                .any(|share| share.host == share.guest && path.starts_with(&share.host))
+            {
+                copied.push(path);
+            }
+        }
+        Ok(Self {
+            job: job(options, &shares)?,
+            copies: copied,
+            shares,
+        })
     }
-    if let Some(BuildDir(build)) = &options.build {
-        copies.push(build.join("bin"));
-        copies.extend(options.command.iter().filter_map(|word| named_file(word, build)));
-    }
-    if shares.len() > port::MAX_SHARES {
-        let why = format!("a machine has at most {} shares", port::MAX_SHARES);
-        return Err(LabError::Share {
-            path: shares[port::MAX_SHARES].host.clone(),
-            why,
-        });
-    }
-    let copies = copies
-        .iter()
-        .map(|path| absolute(path))
-        .collect::<Result<_, _>>()?;
+}
+
+fn job(options: &Options, shares: &[ShareDir]) -> Result<Job, LabError> {
     let here = env::current_dir().map_err(LabError::system("tell the current directory"))?;
-    let job = Job {
+    let share = |share: &ShareDir| {
+        Ok(Share {
+            guest_dir: text(&share.guest)?,
+            writable: share.writable,
+        })
+    };
+    Ok(Job {
         command: options.command.clone(),
         env: environment(options),
         cwd: text(&here)?,
         modules: Vec::new(),
-        shares: shares
-            .iter()
-            .map(|share| {
-                Ok(Share {
-                    guest_dir: text(&share.guest)?,
-                    writable: share.writable,
-                })
-            })
-            .collect::<Result<_, LabError>>()?,
+        shares: shares.iter().map(share).collect::<Result<_, LabError>>()?,
         stdin: options.stdin,
-    };
-    Ok((job, copies))
+    })
 }
 
 /// The file that an argument of the command names, when it is in the build directory.
@@ -215,16 +252,18 @@ fn environment(options: &Options) -> Vec<(String, String)> {
     all
 }
 
-fn absolute(path: &Path) -> Result<PathBuf, LabError> {
-    std::path::absolute(path).map_err(LabError::system(format!("find {}", path.display())))
-}
-
 fn text(path: &Path) -> Result<String, LabError> {
     let why = || LabError::Share {
         path: path.to_owned(),
         why: "its name is not UTF-8".into(),
     };
     path.to_str().map(str::to_owned).ok_or_else(why)
+}
+
+fn copy(stream: &UnixStream) -> Result<UnixStream, LabError> {
+    stream
+        .try_clone()
+        .map_err(LabError::system("copy a socket's descriptor"))
 }
 
 /// A machine that runs, with the threads around it.
@@ -248,21 +287,16 @@ impl Session {
         stdout: impl io::Write + Send + 'static,
         stderr: impl io::Write + Send + 'static,
     ) -> Result<Self, LabError> {
-        let clone = |stream: &std::os::unix::net::UnixStream| {
-            stream
-                .try_clone()
-                .map_err(LabError::system("copy a socket's descriptor"))
-        };
         let (sender, events) = channel();
-        relay::output(clone(&running.stdout)?, stdout, sender.clone(), Event::Stdout);
-        relay::output(clone(&running.stderr)?, stderr, sender.clone(), Event::Stderr);
-        relay::control(clone(&running.control)?, sender);
+        relay::output(copy(&running.stdout)?, stdout, sender.clone(), Event::Stdout);
+        relay::output(copy(&running.stderr)?, stderr, sender.clone(), Event::Stderr);
+        relay::control(copy(&running.control)?, sender);
         if options.stdin != Stdin::Null {
-            relay::input(clone(&running.stdin)?);
+            relay::input(copy(&running.stdin)?);
         }
         let tail = Tail::default();
         let prefix = options.kernel_log.then_some("kernel| ");
-        let mut logs = vec![relay::log(clone(&running.kernel_log)?, tail.clone(), prefix)];
+        let mut logs = vec![relay::log(copy(&running.kernel_log)?, tail.clone(), prefix)];
         if let Some(complaints) = running.child.stderr.take() {
             logs.push(relay::log(complaints, tail.clone(), None));
         }
