@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 
 pub mod event;
+pub mod legacy;
 pub mod log_limit;
 pub mod spec;
 pub mod sys;
