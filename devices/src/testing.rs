@@ -340,6 +340,161 @@ impl Bench {
 
     /// Turns the loop once, waiting for up to `timeout_ms`. False: nothing was ready.
     pub fn turn_once(&mut self, timeout_ms: i32) -> bool {
+        let ready = is_readable(&self.event_loop, timeout_ms);
+        if ready {
+            self.event_loop.run_once(0, &mut Vec::new()).unwrap();
+        }
+        ready
+    }
+
+    /// Turns the loop until `done` says so; panics after ten seconds.
+    pub fn until<T>(&mut self, mut done: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let start = std::time::Instant::now();
+        loop {
+            if let Some(t) = done(self) {
+                return t;
+            }
+            assert!(
+                start.elapsed().as_secs() < 10,
+                "waited ten seconds for the device"
+            );
+            self.turn_once(100);
+        }
+    }
+
+    pub fn needs_reset(&self) -> bool {
+        self.interrupt.needs_reset.load(Ordering::SeqCst)
+    }
+
+    pub fn interrupts(&self) -> u32 {
+        self.interrupt.queue.load(Ordering::SeqCst)
+    }
+
+    pub fn read(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut v = vec![0; len];
+        self.memory.read_slice(&mut v, GuestAddress(addr)).unwrap();
+        v
+    }
+
+    pub fn write(&self, addr: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
+    }
+}
+
+/// An event loop in a thread of its own; ends with the guard.
+pub struct LoopThread {
+    pub handle: LoopHandle,
+    end: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LoopThread {
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let mut event_loop = EventLoop::new().unwrap();
+        let (handle, end) = (event_loop.handle(), Arc::new(AtomicBool::new(false)));
+        let stop = end.clone();
+        let thread = std::thread::spawn(move || {
+            let mut own = Vec::new();
+            while !stop.load(Ordering::SeqCst) {
+                event_loop.run_once(-1, &mut own).unwrap();
+            }
+        });
+        Self {
+            handle,
+            end,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for LoopThread {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::SeqCst);
+        self.handle.wake();
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// A transport whose event loop runs in a thread, as in a VMM.
+pub struct MmioBench {
+    pub transport: MmioTransport,
+    pub memory: GuestMemory,
+    pub irq: Arc<EventFd>,
+    pub event_loop: LoopThread,
+}
+
+impl MmioBench {
+    pub fn parts(device: Box<dyn VirtioDevice>, memory: GuestMemory, event_loop: &LoopThread) -> MmioParts {
+        let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        MmioParts {
+            device,
+            memory,
+            irq,
+            event_loop: event_loop.handle.clone(),
+            log: Arc::new(|l| println!("{l}")),
+        }
+    }
+
+    pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        let (memory, event_loop) = (memory(), LoopThread::new());
+        let parts = Self::parts(device, memory.clone(), &event_loop);
+        let irq = parts.irq.clone();
+        Self {
+            transport: MmioTransport::new(parts).unwrap(),
+            memory,
+            irq,
+            event_loop,
+        }
+    }
+
+    pub fn get(&mut self, offset: u64) -> u32 {
+        let mut b = [0; 4];
+        self.transport.read(offset, &mut b);
+        u32::from_le_bytes(b)
+    }
+
+    pub fn set(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// Goes through the driver's steps up to FEATURES_OK with all that is offered.
+    pub fn negotiate(&mut self) {
+        self.set(0x70, 1);
+        self.set(0x70, 3);
+        for page in 0..2 {
+            self.set(0x14, page);
+            let offered = self.get(0x10);
+            self.set(0x24, page);
+            self.set(0x20, offered);
+        }
+        self.set(0x70, 0xb);
+    }
+
+    /// Sets up queue `index` in memory.
+    pub fn set_up_queue(&mut self, index: u16) -> FakeQueue {
+        self.set(0x30, u32::from(index));
+        let q = FakeQueue::new(self.memory.clone(), index, self.get(0x34) as u16);
+        self.set(0x38, u32::from(q.size));
+        for (low, address) in [(0x80, q.desc), (0x90, q.avail), (0xa0, q.used)] {
+            self.set(low, address as u32);
+            self.set(low + 4, (address >> 32) as u32);
+        }
+        self.set(0x44, 1);
+        q
+    }
+
+    /// All the driver's steps up to DRIVER_OK.
+    pub fn drive(&mut self) -> Vec<FakeQueue> {
+        self.negotiate();
+        let count = self.transport.notify_fds().len() as u16;
+        let queues = (0..count).map(|i| self.set_up_queue(i)).collect();
+        self.set(0x70, 0xf);
+        queues
+    }
+
+    /// Waits for the next interrupt; false after ten seconds.
+    pub fn wait_irq(&self) -> bool {
         is_readable(&*self.irq, 10_000) && self.irq.read().is_ok()
     }
 }
