@@ -155,3 +155,31 @@ fn no_cut_of_a_module_panics() {
     assert!(section(&wild, b".modinfo").is_err());
     assert_eq!(section(&whole, b".modinfo"), Ok(&b"depends=x\0"[..]));
 }
+
+#[test]
+fn signature_is_taken_off() {
+    let signed = |length: u32| {
+        let mut file = b"contents+signature".to_vec();
+        file.extend_from_slice(&[0; 8]);
+        file.extend_from_slice(&length.to_be_bytes());
+        file.extend_from_slice(b"~Module signature appended~\n");
+        file
+    };
+    let strip = |mut file: Vec<u8>| {
+        strip_signature(&mut file);
+        file
+    };
+    assert_eq!(strip(signed(10)), b"contents");
+    for length in [100, u32::MAX] {
+        assert_eq!(
+            strip(signed(length)),
+            signed(length),
+            "a length beyond the file is none"
+        );
+    }
+    assert_eq!(
+        strip(b"~Module signature appended~\n".to_vec()),
+        b"~Module signature appended~\n"
+    );
+    assert_eq!(strip(b"unsigned".to_vec()), b"unsigned");
+}
