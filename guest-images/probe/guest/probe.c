@@ -198,8 +198,9 @@ static void touch(u64 mebibytes)
 static void peek(const char *text)
 {
     u64 address = number(&text) & ~3ul;
+    u32 value = *(volatile u32 *)address;
     print("probe: peek ");
-    print_hex(*(volatile u32 *)address);
+    print_hex(value);
     print("\n");
 }
 

@@ -1,0 +1,116 @@
+//! The line to the host over vsock: `READY`, `EXIT` out, `STOP` in. A guest without a vsock device does without.
+
+use crate::sys;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+/// The port on the host that init calls.
+pub const PORT: u32 = 1024;
+/// Longest line that the host may send; a longer one ends the connection.
+const MAX_LINE: usize = 256;
+/// How long init waits for the host to close after `EXIT`, so that the line is not lost with the machine, in ms.
+const FAREWELL_MS: i32 = 250;
+
+/// The connection.
+///
+/// ```text
+///  None ──connect──▶ Connecting ──writable──▶ Open ──end, error, rubbish──▶ None
+///    ▲                   └──────refused────────▶ None
+/// ```
+pub enum Host {
+    /// There is no device, or nobody listened, or the connection has ended.
+    None,
+    /// The connect is under way.
+    Connecting(OwnedFd),
+    /// `READY` was sent.
+    Open(OwnedFd, Vec<u8>),
+}
+
+impl Host {
+    /// Calls the host; never waits.
+    pub fn call() -> Host {
+        sys::vsock_connect(PORT).map_or(Host::None, Host::Connecting)
+    }
+
+    /// What to poll, and for which events.
+    pub fn interest(&self) -> Option<(RawFd, i16)> {
+        match self {
+            Host::None => None,
+            Host::Connecting(fd) => Some((fd.as_raw_fd(), libc::POLLOUT)),
+            Host::Open(fd, _) => Some((fd.as_raw_fd(), libc::POLLIN)),
+        }
+    }
+
+    /// Serves an event. True when the host asked the guest to stop.
+    pub fn serve(&mut self, ready_at: u64) -> bool {
+        let mut stop = false;
+        *self = match std::mem::replace(self, Host::None) {
+            Host::Connecting(fd) if sys::connect_result(&fd).is_ok() => {
+                match sys::send_now(fd.as_raw_fd(), format!("READY {ready_at}\n").as_bytes()) {
+                    Ok(_) => Host::Open(fd, Vec::new()),
+                    Err(_) => Host::None,
+                }
+            }
+            Host::Open(fd, mut line) => {
+                let mut buffer = [0; MAX_LINE];
+                match sys::read_now(fd.as_raw_fd(), &mut buffer) {
+                    Ok(n) if n > 0 => {
+                        stop = take_lines(&mut line, &buffer[..n]);
+                        if line.len() > MAX_LINE {
+                            Host::None
+                        } else {
+                            Host::Open(fd, line)
+                        }
+                    }
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => Host::Open(fd, line),
+                    _ => Host::None,
+                }
+            }
+            _ => Host::None,
+        };
+        stop
+    }
+
+    /// Tells the workload's exit code and waits shortly for the host to have read it.
+    pub fn farewell(self, code: i32) {
+        let Host::Open(fd, _) = self else { return };
+        if sys::send_now(fd.as_raw_fd(), format!("EXIT {code}\n").as_bytes()).is_ok() {
+            sys::shutdown_write(&fd);
+            let mut wait = [libc::pollfd {
+                fd: fd.as_raw_fd(),
+                events: libc::POLLRDHUP,
+                revents: 0,
+            }];
+            let _ = sys::poll(&mut wait, FAREWELL_MS);
+        }
+    }
+}
+
+/// Adds what came to the line begun before. True when one of the lines now complete is `STOP`.
+fn take_lines(line: &mut Vec<u8>, data: &[u8]) -> bool {
+    let mut stop = false;
+    for byte in data {
+        if *byte == b'\n' {
+            stop |= line == b"STOP";
+            line.clear();
+        } else {
+            line.push(*byte);
+        }
+    }
+    stop
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stop_may_come_in_pieces_and_among_others() {
+        let mut line = Vec::new();
+        assert!(!take_lines(&mut line, b"HELLO\nST"));
+        assert!(!take_lines(&mut line, b"O"));
+        assert!(take_lines(&mut line, b"P\nX"));
+        assert_eq!(line, b"X");
+        assert!(!take_lines(&mut Vec::new(), b"STOPS\nstop\n\n"));
+    }
+}
