@@ -1,2 +1,97 @@
-//! Skeleton.
-fn main() {}
+//! `shoal-vmm`: one process, one guest. Started by the host, which talks to it over an inherited socket.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::ExitCode;
+
+use shoal_vmm::control::{Vmm, chain};
+
+const HELP: &str = "\
+shoal-vmm runs one guest. The host (shoald, or a program that embeds shoal-host) starts it and tells it over its
+control socket what to run; it is not meant to be typed.
+
+Usage: shoal-vmm --control-fd FD [--guest-id ID]
+
+Options:
+  --control-fd FD   An inherited Unix seqpacket socket: a listening one is accepted from whenever a host connects,
+                    the end of a connected one ends the guest
+  --guest-id ID     Stands in log lines until the configuration has come
+  --version         Prints the version and the version of the control protocol
+  --help            Prints this
+
+Exit codes: 0 the guest powered off, 64 it reset, 65 triple fault, 66 KVM could not go on, 67 killed by the host,
+1 the VMM itself failed, 2 wrong usage.
+";
+
+struct Arguments {
+    control_fd: i32,
+    guest_id: String,
+}
+
+enum Parsed {
+    Run(Arguments),
+    Print(String),
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parsed, String> {
+    let (mut control_fd, mut guest_id) = (None, String::from("-"));
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--control-fd" => {
+                let text = value()?;
+                let fd: i32 = text
+                    .parse()
+                    .map_err(|_| format!("--control-fd: {text:?} is no number"))?;
+                // 0 is fine: a parent that passes the socket as standard input needs no unsafe code for it.
+                if fd < 0 || fd == 1 || fd == 2 {
+                    return Err(format!(
+                        "--control-fd: {fd} is an output stream, no inherited socket"
+                    ));
+                }
+                control_fd = Some(fd);
+            }
+            "--guest-id" => guest_id = value()?,
+            "--help" | "-h" => return Ok(Parsed::Print(HELP.into())),
+            "--version" | "-V" => {
+                let (version, protocol) = (env!("CARGO_PKG_VERSION"), shoal_vmm::protocol::VERSION);
+                return Ok(Parsed::Print(format!(
+                    "shoal-vmm {version} (control protocol {protocol})\n"
+                )));
+            }
+            other => return Err(format!("unknown argument {other:?}; --help lists them")),
+        }
+    }
+    let control_fd = control_fd.ok_or("--control-fd is missing; --help explains it")?;
+    Ok(Parsed::Run(Arguments { control_fd, guest_id }))
+}
+
+fn main() -> ExitCode {
+    let arguments = match parse(std::env::args().skip(1)) {
+        Ok(Parsed::Run(arguments)) => arguments,
+        Ok(Parsed::Print(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(message) => {
+            eprintln!("shoal-vmm: {message}");
+            return ExitCode::from(2);
+        }
+    };
+    // SAFETY: fcntl with an integer argument touches no memory; it tells whether the descriptor is open.
+    if unsafe { libc::fcntl(arguments.control_fd, libc::F_GETFD) } < 0 {
+        eprintln!(
+            "shoal-vmm: --control-fd: descriptor {} is not open",
+            arguments.control_fd
+        );
+        return ExitCode::from(2);
+    }
+    // SAFETY: it is open, none of the output streams, and nothing else in this process knows it yet.
+    let control = unsafe { OwnedFd::from_raw_fd(arguments.control_fd) };
+    match Vmm::new(arguments.guest_id, control).and_then(Vmm::serve) {
+        Ok(reason) => ExitCode::from(reason.exit_code() as u8),
+        Err(e) => {
+            eprintln!("shoal-vmm: {}", chain(&e));
+            ExitCode::FAILURE
+        }
+    }
+}

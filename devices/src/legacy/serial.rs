@@ -19,7 +19,8 @@ use crate::sys::set_nonblocking;
 pub const PORTS: u16 = 8;
 /// The most input that waits for the guest (bytes).
 pub const INPUT_LIMIT: usize = 4096;
-/// Output is given on when it is this long, at the end of a line, or after [`FLUSH_AFTER`].
+/// Output is given on when it is this long, at the end of a line, after [`FLUSH_AFTER`], or when it is the first in
+/// that time.
 const BATCH: usize = 512;
 /// How long the start of a line may wait.
 const FLUSH_AFTER: Duration = Duration::from_millis(5);
@@ -210,13 +211,12 @@ impl Serial {
             self.enqueue_input(&[value]);
         } else {
             self.output.push(value);
-            if value == b'\n' || self.output.len() >= BATCH {
+            // The first byte after a pause goes out at once; those that follow it wait for each other.
+            if value == b'\n' || self.output.len() >= BATCH || !self.timer_set {
                 self.give_output();
-            } else if !self.timer_set {
+            }
+            if !self.timer_set {
                 self.timer_set = self.timer.reset(FLUSH_AFTER, None).is_ok();
-                if !self.timer_set {
-                    self.give_output();
-                }
             }
         }
         self.s.empty_pending = true;

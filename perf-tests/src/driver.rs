@@ -1,0 +1,233 @@
+//! Starts one `shoal-vmm` the way a host does, with nothing else of a host around it, and one floor program.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use shoal_devices::spec::FdSlot;
+use shoal_vmm::channel::HostChannel;
+use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
+use shoal_vmm::protocol::{
+    ConsoleConfig, Event, InitrdConfig, KernelConfig, MemoryConfig, Message, Pages, Reply, Request, Timeline,
+    VmConfig,
+};
+
+/// A program of Shoal's, beside this one or in SHOAL_BIN_DIR.
+pub fn sibling(name: &str) -> Result<PathBuf> {
+    let folder = match std::env::var_os("SHOAL_BIN_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => std::env::current_exe()?
+            .parent()
+            .context("this program lies in no folder")?
+            .to_owned(),
+    };
+    let path = folder.join(name);
+    if !path.is_file() {
+        bail!(
+            "{} is missing: run `make build`, or name its folder in SHOAL_BIN_DIR",
+            path.display()
+        );
+    }
+    Ok(path)
+}
+
+/// What is booted.
+pub struct Guest {
+    /// Made once, mapped by every start.
+    pub kernel: LoadedKernel,
+    /// Likewise.
+    pub initrd: Option<LoadedInitrd>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Memory (MiB).
+    pub memory_mib: u64,
+}
+
+/// A child that is killed and reaped when it is dropped, also on the way out of an error.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // It has ended already, or ends now; there is nobody to tell if neither works.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// One measured start.
+pub struct Started {
+    /// From before the process was made to the moment the marker was read.
+    pub elapsed: Duration,
+    /// The VMM's own stamps.
+    pub timeline: Timeline,
+    /// What the guest wrote up to the marker.
+    pub output: String,
+}
+
+/// Starts a guest and waits until `marker` stands in its console output.
+pub fn start_vmm(vmm: &Path, guest: &Guest, marker: &[u8]) -> Result<Started> {
+    let (host, control) = control_pair()?;
+    let (mut console, console_end) = std::io::pipe()?;
+    let config = config(guest);
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("opening /dev/kvm")?;
+    let mut fds = vec![kvm.as_fd(), guest.kernel.memfd.as_fd(), console_end.as_fd()];
+    fds.extend(guest.initrd.iter().map(|i| i.memfd.as_fd()));
+    let mut command = Command::new(vmm);
+    command
+        .args(["--guest-id", "perf", "--control-fd"])
+        .arg(control.as_raw_fd().to_string());
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+
+    let begin = Instant::now();
+    let child = Reaped(
+        command
+            .spawn()
+            .with_context(|| format!("starting {}", vmm.display()))?,
+    );
+    host.send(&Request::Start(Box::new(config)), &fds)?;
+    drop(console_end);
+    drop(control);
+    let seen = read_until(&mut console, marker)?;
+    let elapsed = begin.elapsed();
+
+    let timeline = finish(&host);
+    drop(child);
+    match seen {
+        Seen::Marker(output) => Ok(Started {
+            elapsed,
+            timeline: timeline?,
+            output,
+        }),
+        Seen::End(output) => {
+            let why = timeline
+                .err()
+                .map_or_else(|| "the guest ended".to_owned(), |e| format!("{e:#}"));
+            bail!(
+                "the marker {:?} was not seen ({why}); the console said: {output}",
+                String::from_utf8_lossy(marker)
+            )
+        }
+    }
+}
+
+/// Starts the floor program and waits for its byte.
+pub fn start_floor(floor: &Path) -> Result<Duration> {
+    let (mut out, out_end) = std::io::pipe()?;
+    let mut command = Command::new(floor);
+    command.stdin(Stdio::null()).stdout(out_end);
+    let begin = Instant::now();
+    let child = Reaped(
+        command
+            .spawn()
+            .with_context(|| format!("starting {}", floor.display()))?,
+    );
+    drop(command);
+    let seen = read_until(&mut out, b"R")?;
+    let elapsed = begin.elapsed();
+    drop(child);
+    match seen {
+        Seen::Marker(_) => Ok(elapsed),
+        Seen::End(_) => bail!(
+            "{} ended without output: does /dev/kvm work? Try `shoal doctor`",
+            floor.display()
+        ),
+    }
+}
+
+enum Seen {
+    /// All output up to it.
+    Marker(String),
+    /// The output ended before; this is the end of it.
+    End(String),
+}
+
+fn read_until(from: &mut impl Read, marker: &[u8]) -> Result<Seen> {
+    let mut all = Vec::new();
+    let mut piece = [0; 4096];
+    loop {
+        let n = from.read(&mut piece)?;
+        if n == 0 {
+            let tail = &all[all.len().saturating_sub(2000)..];
+            return Ok(Seen::End(String::from_utf8_lossy(tail).into_owned()));
+        }
+        let from = all.len().saturating_sub(marker.len());
+        all.extend_from_slice(&piece[..n]);
+        if all[from..].windows(marker.len()).any(|w| w == marker) {
+            return Ok(Seen::Marker(String::from_utf8_lossy(&all).into_owned()));
+        }
+    }
+}
+
+/// Takes what the VMM has told so far. The guest may have ended meanwhile.
+fn finish(host: &HostChannel) -> Result<Timeline> {
+    let (message, _) = host.recv().context("the VMM's answer to the start request")?;
+    let Message::Reply(reply) = message else {
+        bail!("the VMM told an event before its answer")
+    };
+    let Reply::Started { mut timeline } = reply.map_err(|e| anyhow::anyhow!("the VMM refused: {e}"))? else {
+        bail!("the VMM answered something else")
+    };
+    host.send(&Request::Kill, &[]).ok();
+    while let Ok((message, _)) = host.recv() {
+        if let Message::Event(Event::Stamped(stamp)) = message {
+            timeline.push(stamp);
+        }
+    }
+    Ok(timeline)
+}
+
+fn config(guest: &Guest) -> VmConfig {
+    VmConfig {
+        guest_id: "perf".into(),
+        kvm: FdSlot(0),
+        vcpus: 1,
+        memory: MemoryConfig {
+            bytes: guest.memory_mib << 20,
+            pages: Pages::Small,
+        },
+        kernel: KernelConfig {
+            fd: FdSlot(1),
+            layout: guest.kernel.layout.clone(),
+        },
+        initrd: guest.initrd.as_ref().map(|i| InitrdConfig {
+            fd: FdSlot(3),
+            len: i.len,
+        }),
+        cmdline: guest.cmdline.clone(),
+        console: ConsoleConfig::Stream(FdSlot(2)),
+        devices: vec![],
+        exit_record: None,
+    }
+}
+
+/// A seqpacket pair; the second end stays open across exec.
+#[allow(unsafe_code)]
+fn control_pair() -> Result<(HostChannel, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: socketpair writes two descriptors into the array.
+    let r = unsafe {
+        libc::socketpair(
+            libc::AF_UNIX,
+            libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC,
+            0,
+            fds.as_mut_ptr(),
+        )
+    };
+    if r < 0 {
+        return Err(std::io::Error::last_os_error()).context("making the control socket");
+    }
+    // SAFETY: both are new and owned by nobody else; fcntl on them touches no memory.
+    unsafe {
+        let (host, control) = (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]));
+        libc::fcntl(control.as_raw_fd(), libc::F_SETFD, 0);
+        Ok((host.into(), control))
+    }
+}
