@@ -3,11 +3,12 @@
 use std::os::fd::OwnedFd;
 
 use crate::spec::{AnyDeviceSpec, BuildEnv, FdSlot};
-use crate::testing::{Bench, MmioBench, hostile};
+use crate::testing::{Bench, MmioBench, hostile, sockets};
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::BlockSpec;
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::rng::RngSpec;
+use crate::virtio::vsock::VsockSpec;
 
 fn build(
     spec: &AnyDeviceSpec,
@@ -31,6 +32,16 @@ fn block() -> (AnyDeviceSpec, Vec<OwnedFd>) {
         read_only: false,
     };
     (AnyDeviceSpec::Block(spec), vec![file.into()])
+}
+
+fn vsock() -> (AnyDeviceSpec, Vec<OwnedFd>) {
+    let spec = VsockSpec {
+        cid: 3,
+        listener: FdSlot(0),
+        broker: FdSlot(1),
+    };
+    let fds = [libc::SOCK_STREAM, libc::SOCK_SEQPACKET].map(sockets::listener);
+    (AnyDeviceSpec::Vsock(spec), fds.into())
 }
 
 fn fresh(make: fn() -> (AnyDeviceSpec, Vec<OwnedFd>)) -> Box<dyn VirtioDevice> {
@@ -90,4 +101,4 @@ macro_rules! devices {
     )+};
 }
 
-devices!(rng, block);
+devices!(rng, block, vsock);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::virtio::block::BlockSpec;
 use crate::virtio::rng::RngSpec;
+use crate::virtio::vsock::VsockSpec;
 use crate::virtio::{DeviceKind, VirtioDevice};
 
 /// Saved state with a name and a version of its own, so that a reader can refuse what it does not know before it
@@ -204,6 +205,8 @@ pub enum AnyDeviceSpec {
     Block(BlockSpec),
     /// An entropy source.
     Rng(RngSpec),
+    /// Sockets between guest and host.
+    Vsock(VsockSpec),
 }
 
 impl AnyDeviceSpec {
@@ -212,6 +215,7 @@ impl AnyDeviceSpec {
         match self {
             Self::Block(_) => DeviceKind::Block,
             Self::Rng(_) => DeviceKind::Rng,
+            Self::Vsock(_) => DeviceKind::Vsock,
         }
     }
 
@@ -224,6 +228,7 @@ impl AnyDeviceSpec {
         match self {
             Self::Block(spec) => build(spec, env, saved),
             Self::Rng(spec) => build(spec, env, saved),
+            Self::Vsock(spec) => build(spec, env, saved),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The few system calls that take raw addresses, each behind a safe function.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// A piece of guest memory, by address. Holds no pointer, so it can outlive the memory and be kept in a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -208,5 +210,73 @@ pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Reads what waits in a socket without taking it (recv(2) with MSG_PEEK); does not block.
+pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the pointer and length are of one slice.
+    check(unsafe {
+        libc::recv(
+            socket.as_fd().as_raw_fd(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+            flags,
+        )
+    })
+}
+
+/// An integer option of a socket at level SOL_SOCKET (getsockopt(2)).
+pub fn socket_option(socket: impl AsFd, name: i32) -> io::Result<i32> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to `value`.
+    let r = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            std::ptr::from_mut(&mut value).cast(),
+            &mut len,
+        )
+    };
+    if r == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A one-shot timer for the event loop: readable when it has fired.
+pub struct Timer(TimerFd);
+
+impl Timer {
+    /// A timer that is not set.
+    pub fn new() -> io::Result<Self> {
+        let timer = TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        // SAFETY: the timer is open for as long as it is borrowed here.
+        set_nonblocking(unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) })?;
+        Ok(Self(timer))
+    }
+
+    /// Has it fire once after `delay`, instead of when it was set to.
+    pub fn set(&mut self, delay: Duration) -> io::Result<()> {
+        // Zero would switch it off.
+        let delay = delay.max(Duration::from_micros(1));
+        self.0
+            .reset(delay, None)
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    }
+
+    /// Whether it has fired since it was asked last; does not block.
+    pub fn take(&mut self) -> bool {
+        self.0.wait().is_ok()
+    }
+}
+
+impl AsRawFd for Timer {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }

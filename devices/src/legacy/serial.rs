@@ -3,17 +3,16 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::ConsoleSink;
 use crate::spec::Versioned;
-use crate::sys::set_nonblocking;
+use crate::sys::Timer;
 
 /// Number of ports (bytes of I/O space).
 pub const PORTS: u16 = 8;
@@ -96,7 +95,7 @@ pub struct Serial {
     irq: Arc<EventFd>,
     sink: Box<dyn ConsoleSink>,
     output: Vec<u8>,
-    timer: TimerFd,
+    timer: Timer,
     timer_set: bool,
 }
 
@@ -115,15 +114,12 @@ impl Serial {
         state.input.truncate(INPUT_LIMIT);
         state.interrupt_enable &= IER_MASK;
         state.modem_control &= MCR_MASK;
-        let timer = TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        // SAFETY: the timer is open for as long as it is borrowed here.
-        set_nonblocking(unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) })?;
         Ok(Self {
             s: state,
             irq,
             sink,
             output: Vec::with_capacity(BATCH),
-            timer,
+            timer: Timer::new()?,
             timer_set: false,
         })
     }
@@ -143,7 +139,7 @@ impl Serial {
     pub fn flush(&mut self) {
         if self.timer_set {
             // Not due yet when a whole line came before: then it fires later, for nothing or for what comes next.
-            self.timer_set = self.timer.wait().is_err();
+            self.timer_set = !self.timer.take();
         }
         self.give_output();
     }
@@ -216,7 +212,7 @@ impl Serial {
                 self.give_output();
             }
             if !self.timer_set {
-                self.timer_set = self.timer.reset(FLUSH_AFTER, None).is_ok();
+                self.timer_set = self.timer.set(FLUSH_AFTER).is_ok();
             }
         }
         self.s.empty_pending = true;

@@ -364,6 +364,7 @@ impl MmioTransport {
             self.take_back(stopped);
         }
         self.run = Run::Inactive;
+        self.device.reset();
         self.interrupt.clear();
         for notify in &self.notify {
             // Drops a notification of the time before; empty is as good.

@@ -18,6 +18,7 @@ pub mod core;
 pub mod mmio;
 pub mod ring;
 pub mod rng;
+pub mod vsock;
 
 use std::any::Any;
 use std::io;
@@ -63,6 +64,9 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<Box<dyn QueueHandler>, ActivateError>;
     /// The data half has stopped; takes back what it held, so that `activate` can be called again.
     fn deactivate(&mut self, stopped: Stopped);
+    /// The driver has reset the device: what belonged to it (connections) is forgotten. Called after `deactivate`, which
+    /// a pause calls as well.
+    fn reset(&mut self) {}
     /// The device's state, as plain data. Called only while the device is inactive or its handler is stopped.
     fn save(&self) -> Result<Section, SaveError>;
 }

@@ -85,7 +85,7 @@ impl ActiveQueue {
         self.suppress_notifications(memory)?;
         let mut served = false;
         let more = loop {
-            if budget.spent() {
+            if budget.is_spent() {
                 break true;
             }
             match self.pop(memory)? {
@@ -139,7 +139,8 @@ impl Budget {
         self.bytes = self.bytes.saturating_sub(bytes);
     }
 
-    fn spent(&self) -> bool {
+    /// Nothing is left of it.
+    pub fn is_spent(&self) -> bool {
         self.chains == 0 || self.bytes == 0
     }
 }
