@@ -2,6 +2,7 @@
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
+use shoal_lab::host::terminal::Terminal;
 use shoal_lab::host::{self, BuildDir, LabError, Options, Outcome, ShareDir};
 use shoal_lab::job::Stdin;
 use shoal_lab::tally::{Counter, Tally};
@@ -31,6 +32,14 @@ enum What {
         stdin: bool,
         /// The command and its arguments.
         #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Work in a fresh machine on this terminal.
+    Shell {
+        #[command(flatten)]
+        machine: MachineArgs,
+        /// The command and its arguments.
+        #[arg(last = true, default_values_t = ["sh".to_owned()])]
         command: Vec<String>,
     },
     /// Run test programs (libtest harnesses), one after another in one machine, and add up their results.
@@ -157,6 +166,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             let outcome = host::run(&options, io::stdout(), io::stderr())?;
             report_timings(&machine, &outcome);
             Ok(outcome.code)
+        }
+        What::Shell { machine, command } => {
+            let terminal = Terminal::take()
+                .context("standard input must be a terminal (else: shoal-lab run --stdin)")?;
+            let options = machine.options(command, terminal.size())?;
+            let result = host::run(&options, io::stdout(), io::stderr());
+            drop(terminal);
+            Ok(result?.code)
         }
         What::Test {
             machine,

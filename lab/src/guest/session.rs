@@ -4,7 +4,7 @@ use super::{Attempt, GuestError, ports};
 use crate::job::{Job, Message, Stdin, port};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
@@ -21,28 +21,13 @@ pub fn run(job: &Job, up: impl FnOnce(u64) -> Result<(), GuestError>) -> Result<
         what: "run the command".into(),
         source: io::Error::new(io::ErrorKind::InvalidInput, "it is empty"),
     })?;
-    let (out_read, out_write) = io::pipe().attempt(|| "make a pipe".into())?;
-    let (err_read, err_write) = io::pipe().attempt(|| "make a pipe".into())?;
     let mut command = Command::new(program);
     command
         .args(arguments)
         .env_clear()
         .envs(job.env.iter().cloned())
         .current_dir(start_directory(job));
-    command
-        .stdout(out_write)
-        .stderr(err_write)
-        .stdin(standard_input(job.stdin)?);
-    // SAFETY: setsid is async-signal-safe and the closure allocates nothing.
-    unsafe {
-        command.pre_exec(|| {
-            if libc::setsid() < 0 {
-                Err(io::Error::last_os_error())
-            } else {
-                Ok(())
-            }
-        });
-    }
+    let (out, err) = connect(&mut command, job.stdin)?;
     up(uptime_ns())?;
     let child = match command.spawn() {
         Ok(child) => child,
@@ -63,10 +48,10 @@ pub fn run(job: &Job, up: impl FnOnce(u64) -> Result<(), GuestError>) -> Result<
             });
         }
     };
-    // Our copies of the pipes' write ends go with it, so that the readers see the end.
+    // Our copies of the command's ends go with it, so that the readers see the end.
     drop(command);
-    let out = carry(out_read.into(), stdout);
-    let err = carry(err_read.into(), stderr);
+    let out = carry(out, stdout);
+    let err = err.map(|err| carry(err, stderr));
     let status = wait_for(child.id() as libc::pid_t).attempt(|| "wait for the command".into())?;
     end_everything();
     let total = |thread: JoinHandle<io::Result<u64>>| {
@@ -78,8 +63,103 @@ pub fn run(job: &Job, up: impl FnOnce(u64) -> Result<(), GuestError>) -> Result<
     Ok(Message::Exit {
         code: exit_code(status),
         stdout: total(out)?,
-        stderr: total(err)?,
+        stderr: err.map(total).transpose()?.unwrap_or(0),
     })
+}
+
+/// Gives the command its streams and a session of its own. Returns what to read its output and, unless that is on the
+/// same terminal, its errors from.
+fn connect(command: &mut Command, stdin: Stdin) -> Result<(OwnedFd, Option<OwnedFd>), GuestError> {
+    let pipe = || io::pipe().attempt(|| "make a pipe".into());
+    match stdin {
+        Stdin::Null => drop(command.stdin(Stdio::null())),
+        Stdin::Pipe => {
+            let (read, write) = pipe()?;
+            feed(File::from(OwnedFd::from(write)))?;
+            command.stdin(read);
+        }
+        Stdin::Terminal { rows, columns } => {
+            let what = || "make a terminal".to_owned();
+            let (ours, theirs) = terminal(rows, columns).attempt(what)?;
+            feed(ours.try_clone().attempt(what)?.into())?;
+            command.stdin(theirs.try_clone().attempt(what)?);
+            command.stdout(theirs.try_clone().attempt(what)?).stderr(theirs);
+            own_session(command, true);
+            return Ok((ours, None));
+        }
+    }
+    own_session(command, false);
+    let ((out_read, out_write), (err_read, err_write)) = (pipe()?, pipe()?);
+    command.stdout(out_write).stderr(err_write);
+    Ok((out_read.into(), Some(err_read.into())))
+}
+
+fn own_session(command: &mut Command, with_terminal: bool) {
+    let check = |result| {
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    };
+    // SAFETY: setsid and ioctl are async-signal-safe, the ioctl has no pointer argument, and the closure allocates nothing.
+    unsafe {
+        command.pre_exec(move || {
+            check(libc::setsid())?;
+            if with_terminal {
+                check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// A pseudo terminal: our end and the command's.
+fn terminal(rows: u16, columns: u16) -> io::Result<(OwnedFd, OwnedFd)> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let (mut ours, mut theirs) = (-1, -1);
+    // SAFETY: the two numbers and the size are valid for the call; no name and no settings are asked for or given.
+    let result = unsafe {
+        libc::openpty(
+            &raw mut ours,
+            &raw mut theirs,
+            std::ptr::null_mut(),
+            std::ptr::null(),
+            &raw const size,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // openpty knows nothing of close-on-exec. A command that held our end of its own terminal would never see it hang up.
+    // SAFETY: openpty returned these two new descriptors, which nothing else owns.
+    unsafe {
+        libc::fcntl(ours, libc::F_SETFD, libc::FD_CLOEXEC);
+        libc::fcntl(theirs, libc::F_SETFD, libc::FD_CLOEXEC);
+        Ok((OwnedFd::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs)))
+    }
+}
+
+/// Starts a thread that writes the host's input to `sink`, until its end.
+fn feed(mut sink: File) -> Result<(), GuestError> {
+    let mut source = ports::open_for_reading(port::STDIN)?;
+    thread::spawn(move || -> io::Result<()> {
+        loop {
+            let mut length = [0; 4];
+            source.read_exact(&mut length)?;
+            match u32::from_le_bytes(length) {
+                0 => return Ok(()),
+                // A command that does not read its input is none of our business.
+                length => drop(io::copy(&mut source.by_ref().take(length.into()), &mut sink)?),
+            }
+        }
+    });
+    Ok(())
 }
 
 /// The host's current directory when it is in this machine too, else root's home.
@@ -91,26 +171,6 @@ fn start_directory(job: &Job) -> &str {
     }
 }
 
-fn standard_input(kind: Stdin) -> Result<Stdio, GuestError> {
-    if kind == Stdin::Null {
-        return Ok(Stdio::null());
-    }
-    let mut source = ports::open_for_reading(port::STDIN)?;
-    let (read, mut write) = io::pipe().attempt(|| "make a pipe".into())?;
-    thread::spawn(move || -> io::Result<()> {
-        loop {
-            let mut length = [0; 4];
-            source.read_exact(&mut length)?;
-            match u32::from_le_bytes(length) {
-                0 => return Ok(()),
-                // A command that does not read its input is none of our business.
-                length => drop(io::copy(&mut source.by_ref().take(length.into()), &mut write)?),
-            }
-        }
-    });
-    Ok(read.into())
-}
-
 /// Copies until the end of file and counts the bytes.
 fn carry(from: OwnedFd, mut to: File) -> JoinHandle<io::Result<u64>> {
     thread::spawn(move || {
@@ -118,7 +178,11 @@ fn carry(from: OwnedFd, mut to: File) -> JoinHandle<io::Result<u64>> {
         let mut buffer = vec![0; 32 << 10];
         let mut total = 0;
         loop {
-            let count = from.read(&mut buffer)?;
+            let count = match from.read(&mut buffer) {
+                // A terminal whose other end is closed.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => 0,
+                other => other?,
+            };
             if count == 0 {
                 return Ok(total);
             }

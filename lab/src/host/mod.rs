@@ -3,10 +3,12 @@
 pub(crate) mod fuse;
 mod initramfs;
 mod locate;
+mod nodes;
 mod qemu;
 mod relay;
 mod run;
 mod share_fs;
+pub mod terminal;
 
 pub use locate::{BuildDir, Sources};
 pub use run::{Options, Outcome, ShareDir, Timings, run};

@@ -4,6 +4,7 @@
 //! descriptor and without following links (the machine's kernel follows them, in the machine). Everything else goes
 //! through the descriptors that this gives, by their names in `/proc/self/fd`.
 
+use super::nodes::Nodes;
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File, FileTimes, Permissions};
@@ -424,88 +425,4 @@ impl ShareFs {
 
 fn proc_path(fd: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-}
-
-/// The nodes that the machine's kernel knows, by number and by path below the root. Node 1 is the root.
-struct Nodes {
-    by_number: HashMap<u64, (PathBuf, u64)>,
-    by_path: HashMap<PathBuf, u64>,
-    next: u64,
-}
-
-impl Nodes {
-    const ROOT: u64 = 1;
-
-    fn new() -> Self {
-        let root = (PathBuf::new(), 1);
-        Self {
-            by_number: [(Self::ROOT, root)].into(),
-            by_path: HashMap::new(),
-            next: Self::ROOT + 1,
-        }
-    }
-
-    fn path(&self, node: u64) -> Result<&Path, Errno> {
-        self.by_number
-            .get(&node)
-            .map(|(path, _)| path.as_path())
-            .ok_or(Errno(libc::ESTALE))
-    }
-
-    /// The machine is told of a file once more.
-    fn found(&mut self, path: PathBuf) -> u64 {
-        let number = *self.by_path.entry(path.clone()).or_insert_with(|| {
-            self.next += 1;
-            self.next - 1
-        });
-        self.by_number.entry(number).or_insert((path, 0)).1 += 1;
-        number
-    }
-
-    fn forget(&mut self, node: u64, count: u64) {
-        if node == Self::ROOT {
-            return;
-        }
-        let Some((path, known)) = self.by_number.get_mut(&node) else {
-            return;
-        };
-        *known = known.saturating_sub(count);
-        if *known == 0 {
-            // Another node may have the path by now.
-            if self.by_path.get(path) == Some(&node) {
-                self.by_path.remove(path);
-            }
-            self.by_number.remove(&node);
-        }
-    }
-
-    fn removed(&mut self, path: &Path) {
-        self.by_path.remove(path);
-    }
-
-    /// A file or a directory with all below it has another path.
-    fn renamed(&mut self, old: &Path, new: &Path) {
-        self.by_path.remove(new);
-        let moved: Vec<PathBuf> = self
-            .by_path
-            .keys()
-            .filter(|path| path.starts_with(old))
-            .cloned()
-            .collect();
-        for path in moved {
-            let Some(number) = self.by_path.remove(&path) else {
-                continue;
-            };
-            let below = path.strip_prefix(old).unwrap_or(Path::new(""));
-            let path = if below.as_os_str().is_empty() {
-                new.to_owned()
-            } else {
-                new.join(below)
-            };
-            if let Some((known, _)) = self.by_number.get_mut(&number) {
-                known.clone_from(&path);
-            }
-            self.by_path.insert(path, number);
-        }
-    }
 }
