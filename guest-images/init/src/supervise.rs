@@ -9,8 +9,15 @@ use crate::workload::Workload;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Signals that init reads; the last three ask it to stop.
-pub const SIGNALS: [libc::c_int; 4] = [libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGPWR];
+/// Signals that init reads. All but the first ask it to stop; busybox's `halt`, `poweroff` and `reboot` send USR1, USR2, TERM.
+pub const SIGNALS: [libc::c_int; 6] = [
+    libc::SIGCHLD,
+    libc::SIGTERM,
+    libc::SIGINT,
+    libc::SIGPWR,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+];
 /// How long what the workload left behind may take to end.
 const STRAGGLERS: Duration = Duration::from_secs(2);
 

@@ -1,0 +1,336 @@
+//! The guest kernel: unpacked, configured, compiled and kept by the hash of its inputs.
+
+use crate::error::ImageError;
+use crate::manifest::sha256_file;
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The configuration fragment, part of this program.
+pub const FRAGMENT: &str = include_str!("../kernel/shoal.config");
+/// About how many files the build compiles: for the progress display only.
+const ABOUT_FILES: usize = 1150;
+/// Raised when the way of building changes, so that old results are not taken.
+const RECIPE: u32 = 1;
+/// How much of a failed command's output an error shows, in bytes.
+const TAIL: usize = 800;
+
+/// A kernel in the cache.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Holds `vmlinux` (stripped ELF with a PVH note), `bzImage` and `config`.
+    pub directory: PathBuf,
+    /// Whether it was there already.
+    pub cached: bool,
+}
+
+/// What is told while a build runs: a line, or how far compiling is.
+pub trait Progress {
+    /// A step begins.
+    fn step(&mut self, text: &str);
+    /// `done` of about `total` files are compiled.
+    fn compiled(&mut self, done: usize, total: usize);
+}
+
+/// Gives the kernel of these inputs, building it when the cache has none.
+pub fn build(source: &Path, cache: &Path, progress: &mut dyn Progress) -> Result<Kernel, ImageError> {
+    std::fs::create_dir_all(cache).map_err(ImageError::file("create", cache))?;
+    let lock_path = cache.join("kernel.lock");
+    let lock = File::create(&lock_path).map_err(ImageError::file("create", &lock_path))?;
+    // Two at once: the second waits and finds the first one's result.
+    lock.lock().map_err(ImageError::file("lock", &lock_path))?;
+    let directory = cache.join(format!("kernel-{}", key(source, cache)?));
+    if directory.is_dir() {
+        return Ok(Kernel {
+            directory,
+            cached: true,
+        });
+    }
+    let work = tempfile::Builder::new()
+        .prefix(".kernel-build-")
+        .tempdir_in(cache)
+        .map_err(ImageError::file("make a directory in", cache))?;
+    let tree = work.path().join("linux");
+    let log = cache.join("kernel-build.log");
+    let mut build = Build { tree, log, progress };
+    build.unpack(source)?;
+    build.configure()?;
+    build.compile()?;
+    let result = work.path().join("result");
+    build.collect(&result)?;
+    std::fs::rename(&result, &directory).map_err(ImageError::file("create", &directory))?;
+    Ok(Kernel {
+        directory,
+        cached: false,
+    })
+}
+
+/// The hash of the source's content, the fragment, the compiler and this recipe.
+fn key(source: &Path, cache: &Path) -> Result<String, ImageError> {
+    let mut hash = Sha256::new();
+    hash.update(source_digest(source, cache)?);
+    hash.update(FRAGMENT);
+    hash.update(compiler()?);
+    hash.update(RECIPE.to_le_bytes());
+    Ok(format!("{:x}", hash.finalize())[..16].to_owned())
+}
+
+/// The source's digest, remembered by its size and time, for hashing 138 MB takes a while.
+fn source_digest(source: &Path, cache: &Path) -> Result<String, ImageError> {
+    use std::os::unix::fs::MetadataExt;
+    let about = std::fs::metadata(source).map_err(ImageError::file("read", source))?;
+    let known = cache.join(format!(
+        "source-{}-{}-{}.sha256",
+        about.size(),
+        about.mtime(),
+        about.ctime()
+    ));
+    if let Ok(digest) = std::fs::read_to_string(&known)
+        && digest.len() == 64
+    {
+        return Ok(digest);
+    }
+    let digest = sha256_file(source)?;
+    let mut file = tempfile::NamedTempFile::new_in(cache).map_err(ImageError::file("write in", cache))?;
+    file.write_all(digest.as_bytes())
+        .map_err(ImageError::file("write", &known))?;
+    file.persist(&known).map_err(|e| ImageError::File {
+        action: "write",
+        path: known.clone(),
+        source: e.error,
+    })?;
+    Ok(digest)
+}
+
+fn compiler() -> Result<String, ImageError> {
+    let output = Command::new("gcc").arg("--version").output();
+    let output = output.map_err(|source| ImageError::Start {
+        program: "gcc".into(),
+        source,
+    })?;
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned())
+}
+
+struct Build<'a> {
+    tree: PathBuf,
+    log: PathBuf,
+    progress: &'a mut dyn Progress,
+}
+
+impl Build<'_> {
+    fn unpack(&mut self, source: &Path) -> Result<(), ImageError> {
+        self.progress.step(&format!("unpacking {}", source.display()));
+        std::fs::create_dir(&self.tree).map_err(ImageError::file("create", &self.tree))?;
+        File::create(&self.log).map_err(ImageError::file("create", &self.log))?;
+        let mut tar = Command::new("tar");
+        tar.arg("-xf")
+            .arg(source)
+            .args(["--strip-components=1", "-C"])
+            .arg(&self.tree);
+        self.run("tar", tar)
+    }
+
+    fn configure(&mut self) -> Result<(), ImageError> {
+        self.progress.step("configuring");
+        let fragment = self.tree.join("shoal.config");
+        std::fs::write(&fragment, FRAGMENT).map_err(ImageError::file("write", &fragment))?;
+        let tiny = self.make(&["tinyconfig"]);
+        self.run("make tinyconfig", tiny)?;
+        let mut merge = Command::new("scripts/kconfig/merge_config.sh");
+        merge.args(["-n", ".config", "shoal.config"]);
+        self.run("merge_config.sh", merge)?;
+        let path = self.tree.join(".config");
+        let config = std::fs::read_to_string(&path).map_err(ImageError::file("read", &path))?;
+        let lost = lost(FRAGMENT, &config);
+        if lost.is_empty() {
+            Ok(())
+        } else {
+            Err(ImageError::Configuration { fragment, lost })
+        }
+    }
+
+    fn compile(&mut self) -> Result<(), ImageError> {
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+        self.progress.step(&format!(
+            "compiling with {jobs} jobs; the log is {}",
+            self.log.display()
+        ));
+        let mut make = self.make(&[&format!("-j{jobs}"), "vmlinux", "bzImage"]);
+        self.prepare(&mut make)?;
+        let mut child = make
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|source| ImageError::Start {
+                program: "make".into(),
+                source,
+            })?;
+        let mut log = self.open_log()?;
+        let mut done = 0;
+        for line in child
+            .stdout
+            .take()
+            .into_iter()
+            .flat_map(|out| BufReader::new(out).lines())
+        {
+            let line = line.map_err(ImageError::file("read the output of make for", &self.log))?;
+            writeln!(log, "{line}").map_err(ImageError::file("write", &self.log))?;
+            if line.starts_with("  CC ") || line.starts_with("  AS ") {
+                done += 1;
+                self.progress.compiled(done, ABOUT_FILES.max(done));
+            }
+        }
+        let status = child
+            .wait()
+            .map_err(ImageError::file("wait for make with log", &self.log))?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(self.failure("make", status.to_string()))
+        }
+    }
+
+    fn collect(&mut self, result: &Path) -> Result<(), ImageError> {
+        self.progress.step("stripping");
+        std::fs::create_dir(result).map_err(ImageError::file("create", result))?;
+        let mut strip = Command::new("strip");
+        strip.arg("-o").arg(result.join("vmlinux")).arg("vmlinux");
+        self.run("strip", strip)?;
+        for (from, to) in [("arch/x86/boot/bzImage", "bzImage"), (".config", "config")] {
+            let from = self.tree.join(from);
+            std::fs::copy(&from, result.join(to)).map_err(ImageError::file("copy", &from))?;
+        }
+        Ok(())
+    }
+
+    /// `make` whose result does not depend on when, where and by whom it is run.
+    fn make(&self, arguments: &[&str]) -> Command {
+        let mut make = Command::new("make");
+        make.args(arguments);
+        make.env("KBUILD_BUILD_TIMESTAMP", "2026-01-01")
+            .env("KBUILD_BUILD_VERSION", "1");
+        make.env("KBUILD_BUILD_USER", "shoal")
+            .env("KBUILD_BUILD_HOST", "shoal");
+        make
+    }
+
+    fn open_log(&self) -> Result<File, ImageError> {
+        File::options()
+            .append(true)
+            .open(&self.log)
+            .map_err(ImageError::file("open", &self.log))
+    }
+
+    fn prepare(&self, command: &mut Command) -> Result<(), ImageError> {
+        // Our own make's settings (`make demo` runs this) are not the kernel's.
+        for name in [
+            "MAKEFLAGS",
+            "MFLAGS",
+            "MAKELEVEL",
+            "GNUMAKEFLAGS",
+            "KCONFIG_CONFIG",
+            "ARCH",
+            "CROSS_COMPILE",
+        ] {
+            command.env_remove(name);
+        }
+        command
+            .env("LC_ALL", "C")
+            .current_dir(&self.tree)
+            .stdin(Stdio::null());
+        command.stdout(self.open_log()?).stderr(self.open_log()?);
+        Ok(())
+    }
+
+    fn run(&mut self, name: &str, mut command: Command) -> Result<(), ImageError> {
+        self.prepare(&mut command)?;
+        let status = command.status().map_err(|source| ImageError::Start {
+            program: name.to_owned(),
+            source,
+        })?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(self.failure(name, status.to_string()))
+        }
+    }
+
+    fn failure(&self, program: &str, status: String) -> ImageError {
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let tail = String::from_utf8_lossy(&log[log.len().saturating_sub(TAIL)..]).into_owned();
+        let output = format!("the log is {} and ends:\n{tail}", self.log.display());
+        ImageError::Program {
+            program: program.to_owned(),
+            status,
+            output,
+        }
+    }
+}
+
+/// The fragment's lines that a configuration does not hold. A symbol that is off may also be unknown to it.
+fn lost(fragment: &str, config: &str) -> Vec<String> {
+    let holds = |line: &str| config.lines().any(|l| l == line);
+    let is_on = |symbol: &str| {
+        config
+            .lines()
+            .any(|l| l.strip_prefix(symbol).is_some_and(|l| l.starts_with('=')))
+    };
+    fragment
+        .lines()
+        .filter(|line| {
+            match line
+                .strip_prefix("# ")
+                .and_then(|l| l.strip_suffix(" is not set"))
+            {
+                Some(symbol) => is_on(symbol),
+                None => line.starts_with("CONFIG_") && !holds(line),
+            }
+        })
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_that_did_not_stick_are_found() {
+        let config = "CONFIG_A=y\nCONFIG_AB=m\n# CONFIG_C is not set\nCONFIG_D=64\n";
+        let fragment = "# a comment\nCONFIG_A=y\nCONFIG_AB=y\n# CONFIG_C is not set\n# CONFIG_A is not set\n\
+                        CONFIG_D=6\nCONFIG_E=y\n# CONFIG_F is not set\n";
+        assert_eq!(
+            lost(fragment, config),
+            ["CONFIG_AB=y", "# CONFIG_A is not set", "CONFIG_D=6", "CONFIG_E=y"]
+        );
+    }
+
+    #[test]
+    fn the_fragment_names_each_symbol_once() {
+        let mut seen = std::collections::BTreeSet::new();
+        for line in FRAGMENT.lines() {
+            let name = line
+                .trim_start_matches("# ")
+                .split(['=', ' '])
+                .next()
+                .unwrap_or_default();
+            assert!(
+                !name.starts_with("CONFIG_") || seen.insert(name),
+                "{name} is there twice"
+            );
+        }
+        assert!(seen.len() > 100);
+    }
+
+    #[test]
+    fn a_missing_source_is_named() {
+        let cache = tempfile::tempdir().unwrap();
+        let error = key(Path::new("/nowhere/linux.tar.xz"), cache.path()).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read /nowhere/linux.tar.xz");
+    }
+}
