@@ -184,10 +184,14 @@ fn outer(plan: &mut Plan<'_>) -> Result<(), Errno> {
 fn leave_the_host(plan: &Plan<'_>) -> Result<(), Errno> {
     plan.report.begin(Step::MountNamespace);
     set_namespace(plan.tools.mount, libc::CLONE_NEWNS)?;
-    plan.report.begin(Step::NetNamespace);
-    set_namespace(plan.tools.net, libc::CLONE_NEWNET)?;
-    plan.report.begin(Step::Namespaces);
     let mut fresh = libc::CLONE_NEWCGROUP;
+    if plan.tools.net >= 0 {
+        plan.report.begin(Step::NetNamespace);
+        set_namespace(plan.tools.net, libc::CLONE_NEWNET)?;
+    } else {
+        fresh |= libc::CLONE_NEWNET;
+    }
+    plan.report.begin(Step::Namespaces);
     if plan.mode == Mode::Rootless {
         fresh |= libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWPID;
     }

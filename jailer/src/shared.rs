@@ -5,7 +5,8 @@
 //! process makes one of each when the [`crate::Jailer`] is made, empties them, and ends; the jails join by setns,
 //! for 0.01 ms. What jails share thereby is nothing that can be written to: a read-only, empty file system, and
 //! a network without an interface. Abstract sockets are the one thing that a shared network would join: making
-//! a socket is refused by seccomp, and connecting to one by landlock's scopes.
+//! a socket is refused by seccomp, and connecting to one by landlock's scopes. On a kernel whose landlock has no
+//! scopes (before 6.12), or none at all, each jail therefore gets a network namespace of its own.
 //!
 //! Attacks that this stops: opening, replacing or executing any file of the host, device nodes, `/proc` and `/sys`,
 //! set-uid programs (there is no file, and nosuid, nodev, noexec, read-only besides); reaching any network, the

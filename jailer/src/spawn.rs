@@ -136,6 +136,8 @@ pub struct Jailer {
     ids: IdRange,
     shared: Option<Shared>,
     landlock: Option<OwnedFd>,
+    /// Each jail gets a network namespace of its own.
+    own_net: bool,
     cgroup: Option<cgroup::Parent>,
     missing: cgroup::Missing,
     null: OwnedFd,
@@ -189,12 +191,13 @@ impl Jailer {
             shared
         });
         let mut landlock = None;
+        let mut own_net = true;
         match config.mode {
             Mode::Off => degradations.push(no_jail()),
             Mode::Root | Mode::Rootless => match landlock::deny_all() {
                 Ok((ruleset, version)) => {
                     landlock = Some(ruleset);
-                    degradations.extend(landlock::lacks(version));
+                    own_net = version < landlock::SCOPES;
                 }
                 Err(lack) => degradations.push(lack),
             },
@@ -217,6 +220,7 @@ impl Jailer {
             ids: config.ids,
             shared,
             landlock,
+            own_net,
             cgroup,
             missing: config.missing_controllers,
             null: null.into(),
@@ -248,6 +252,9 @@ impl Jailer {
     pub fn spawn(&self, program: &Executable, spec: &JailSpec<'_>) -> Result<Jail, JailError> {
         self.check_ids(spec.ids)?;
         let mut handed = place(spec.fds, self.null.as_fd())?;
+        if self.mode != Mode::Off {
+            refuse_terminals(spec.fds)?;
+        }
         let argv = Argv::new(spec.argv)?;
         let mut degradations = Vec::new();
         let mut leaf = None;
@@ -324,7 +331,7 @@ impl Jailer {
             tools: Tools {
                 program: program.fd().as_raw_fd(),
                 mount: raw(shared.map(|s| s.mount.as_fd())),
-                net: raw(shared.map(|s| s.net.as_fd())),
+                net: raw(shared.filter(|_| !self.own_net).map(|s| s.net.as_fd())),
                 user: raw(shared.and_then(|s| s.user.as_ref()).map(AsFd::as_fd)),
                 landlock: raw(self.landlock.as_ref().map(AsFd::as_fd)),
                 lifeline: lifeline.as_raw_fd(),
@@ -547,6 +554,25 @@ fn place(fds: &[HandOver<'_>], null: BorrowedFd<'_>) -> Result<Vec<Placed>, Jail
         });
     }
     Ok(placed)
+}
+
+/// A program that leads a session can make any terminal that it holds its own, and then type into it for the shell on
+/// the other side (TIOCSTI). So none is handed over.
+fn refuse_terminals(fds: &[HandOver<'_>]) -> Result<(), JailError> {
+    let is_terminal = |hand: &&HandOver<'_>| {
+        // SAFETY: an open descriptor.
+        unsafe { libc::isatty(hand.fd.as_raw_fd()) == 1 }
+    };
+    match fds.iter().find(is_terminal) {
+        None => Ok(()),
+        Some(hand) => {
+            let why = format!(
+                "number {} is a terminal, which a jail does not get: hand over a pipe or a file",
+                hand.target
+            );
+            Err(JailError::HandOver { why })
+        }
+    }
 }
 
 /// The number of the last capability that the kernel knows; 63 when it does not say, which is as many as there can be.
