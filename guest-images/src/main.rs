@@ -48,7 +48,7 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
         /// Build the reference initramfs instead: busybox, an empty /dev, and a script that says GUEST-UP and resets
-        #[arg(long, conflicts_with_all = ["init", "files"])]
+        #[arg(long, conflicts_with = "files")]
         reference: bool,
     },
     /// Build everything, with the probe guests and a manifest, into a directory

@@ -16,6 +16,13 @@ pub fn configure(config: &Config) {
     };
     report("bring up lo", up(&socket, "lo"));
     if !config.addresses.is_empty() {
+        if config.addresses.iter().any(|a| a.ip.is_ipv6()) {
+            // The host gave the address and knows that it is the only one: no second of waiting for duplicates.
+            report(
+                "switch off duplicate detection",
+                std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0"),
+            );
+        }
         for address in &config.addresses {
             let what = format!("give {ETH0} the address {}/{}", address.ip, address.prefix);
             report(&what, add_address(&socket, address));
