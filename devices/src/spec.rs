@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::virtio::block::BlockSpec;
+use crate::virtio::net::NetSpec;
 use crate::virtio::rng::RngSpec;
 use crate::virtio::vsock::VsockSpec;
 use crate::virtio::{DeviceKind, VirtioDevice};
@@ -203,6 +204,8 @@ pub trait DeviceSpec {
 pub enum AnyDeviceSpec {
     /// A disk.
     Block(BlockSpec),
+    /// A network interface.
+    Net(NetSpec),
     /// An entropy source.
     Rng(RngSpec),
     /// Sockets between guest and host.
@@ -214,6 +217,7 @@ impl AnyDeviceSpec {
     pub fn kind(&self) -> DeviceKind {
         match self {
             Self::Block(_) => DeviceKind::Block,
+            Self::Net(_) => DeviceKind::Net,
             Self::Rng(_) => DeviceKind::Rng,
             Self::Vsock(_) => DeviceKind::Vsock,
         }
@@ -227,6 +231,7 @@ impl AnyDeviceSpec {
     ) -> Result<Box<dyn VirtioDevice>, BuildError> {
         match self {
             Self::Block(spec) => build(spec, env, saved),
+            Self::Net(spec) => build(spec, env, saved),
             Self::Rng(spec) => build(spec, env, saved),
             Self::Vsock(spec) => build(spec, env, saved),
         }

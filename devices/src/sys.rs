@@ -22,8 +22,8 @@ pub struct IoVecs {
     vecs: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers are only there within `with`, which borrows the memory they point to; between calls the list is
-// empty.
+// SAFETY: the pointers are only there within one call, which borrows the memory they point to; between calls the list
+// is empty.
 unsafe impl Send for IoVecs {}
 
 /// Guest memory ended before a buffer did.
@@ -126,7 +126,7 @@ impl IoVecs {
         })
     }
 
-    /// readv(2) into the first `len` bytes of `segments`.
+    /// readv(2) of up to `len` bytes into `segments`, from `skip` bytes into them on.
     pub fn readv(
         &mut self,
         fd: impl AsFd,
@@ -141,6 +141,32 @@ impl IoVecs {
         })
     }
 
+    /// readv(2) into all of `segments`, and what does not fit there into `rest`.
+    pub fn readv_and(
+        &mut self,
+        fd: impl AsFd,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        rest: &mut [u8],
+    ) -> io::Result<usize> {
+        let fd = fd.as_fd().as_raw_fd();
+        let tail = libc::iovec {
+            iov_base: rest.as_mut_ptr().cast(),
+            iov_len: rest.len(),
+        };
+        self.vecs.clear();
+        let result = self
+            .resolve(memory, segments, 0, u64::MAX)
+            .map_err(io::Error::from)
+            .and_then(|()| {
+                self.vecs.push(tail);
+                // SAFETY: as for `preadv`; the last piece is borrowed mutably.
+                check(unsafe { libc::readv(fd, self.vecs.as_ptr(), count(&self.vecs)) })
+            });
+        self.vecs.clear();
+        result
+    }
+
     /// writev(2) of up to `len` bytes of `segments`, from `skip` bytes into them on.
     pub fn writev(
         &mut self,
@@ -149,11 +175,36 @@ impl IoVecs {
         segments: &[Segment],
         (skip, len): (u64, u64),
     ) -> io::Result<usize> {
+        self.writev_after(fd, &[], memory, segments, (skip, len))
+    }
+
+    /// writev(2) of `head` and then as [`IoVecs::writev`].
+    pub fn writev_after(
+        &mut self,
+        fd: impl AsFd,
+        head: &[u8],
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+    ) -> io::Result<usize> {
         let fd = fd.as_fd().as_raw_fd();
-        self.with(memory, segments, skip, len, |v| {
-            // SAFETY: as for `pwritev`.
-            check(unsafe { libc::writev(fd, v.as_ptr(), count(v)) })
-        })
+        self.vecs.clear();
+        if !head.is_empty() {
+            // The kernel only reads it.
+            self.vecs.push(libc::iovec {
+                iov_base: head.as_ptr().cast_mut().cast(),
+                iov_len: head.len(),
+            });
+        }
+        let result = self
+            .resolve(memory, segments, skip, len)
+            .map_err(io::Error::from)
+            .and_then(|()| {
+                // SAFETY: as for `pwritev`; the first piece is borrowed.
+                check(unsafe { libc::writev(fd, self.vecs.as_ptr(), count(&self.vecs)) })
+            });
+        self.vecs.clear();
+        result
     }
 }
 

@@ -16,6 +16,7 @@
 pub mod block;
 pub mod core;
 pub mod mmio;
+pub mod net;
 pub mod ring;
 pub mod rng;
 pub mod vsock;

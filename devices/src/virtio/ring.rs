@@ -1,7 +1,9 @@
 //! What every data half does with its queues: take chains, give them back, signal, and do a bounded amount at a time.
 
+use std::sync::atomic::{Ordering, fence};
+
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions};
 
 use super::{ActiveQueue, HandlerError, Interrupt};
 use crate::sys::Segment;
@@ -45,6 +47,57 @@ impl ActiveQueue {
         {
             interrupt.signal_queue(self.index);
         }
+        Ok(())
+    }
+
+    /// Gives several chains back at once: the driver sees all of them or none, as it must when they are one packet
+    /// (virtio 1.2 §5.1.6.4). To be followed by [`ActiveQueue::signal_since`], not by [`ActiveQueue::signal`].
+    pub fn push_used_together(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chains: impl Iterator<Item = (u16, u32)>,
+    ) -> Result<(), HandlerError> {
+        let (ring, size) = (self.queue.used_ring(), self.queue.size());
+        let mut next = self.queue.next_used();
+        for (head, len) in chains {
+            let at = GuestAddress(ring + 4 + u64::from(next % size) * 8);
+            let element = u64::from(len) << 32 | u64::from(head);
+            memory
+                .write_obj(element.to_le(), at)
+                .map_err(|e| self.unreachable(e))?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        memory
+            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(|e| self.unreachable(e))
+    }
+
+    /// Signals the driver if it wants to know of the chains that were given back since the position in the used ring
+    /// was `before`.
+    pub fn signal_since(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        interrupt: &dyn Interrupt,
+        before: u16,
+    ) -> Result<(), HandlerError> {
+        let now = self.queue.next_used();
+        if now == before {
+            return Ok(());
+        }
+        if self.queue.event_idx_enabled() {
+            // The used ring's index is out before the driver's wish is read (virtio 1.2 §2.7.10).
+            fence(Ordering::SeqCst);
+            let at = GuestAddress(self.queue.avail_ring() + 4 + u64::from(self.queue.size()) * 2);
+            let event: u16 = memory
+                .load(at, Ordering::Relaxed)
+                .map_err(|e| self.unreachable(e))?;
+            let event = u16::from_le(event);
+            if now.wrapping_sub(event).wrapping_sub(1) >= now.wrapping_sub(before) {
+                return Ok(());
+            }
+        }
+        interrupt.signal_queue(self.index);
         Ok(())
     }
 
@@ -112,6 +165,11 @@ impl ActiveQueue {
         } else {
             Ok(())
         }
+    }
+
+    /// The rings were inside of memory when the queue was built.
+    fn unreachable(&self, e: vm_memory::GuestMemoryError) -> HandlerError {
+        HandlerError::new(format!("queue {} cannot be reached: {e}", self.index))
     }
 
     fn broken(&self, e: virtio_queue::Error) -> HandlerError {
@@ -207,6 +265,14 @@ impl Buffers {
         }
         self.segments.push(segment);
         Ok(())
+    }
+
+    /// All of them lie in guest memory.
+    pub fn are_inside(&self, memory: &GuestMemoryMmap) -> bool {
+        // Neither kind of access is restricted in guest memory.
+        self.segments
+            .iter()
+            .all(|s| memory.check_range(s.addr, s.len as usize, Permissions::ReadWrite))
     }
 
     /// Forgets the buffers.

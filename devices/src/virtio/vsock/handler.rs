@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use vm_memory::{GuestMemory as _, GuestMemoryMmap, Permissions};
+use vm_memory::GuestMemoryMmap;
 
 use super::super::ring::{Budget, Buffers, Chain, MAX_SEGMENTS, copy_from, copy_to};
 use super::super::{ActiveQueue, HandlerError, Interrupt, QueueHandler, Stopped};
@@ -142,10 +142,7 @@ fn to_guest(hub: &mut Hub, scratch: &mut Scratch, memory: &GuestMemoryMmap, chai
     let Scratch { buffers, vecs } = scratch;
     let usable = buffers.collect(chain).is_ok()
         && buffers.writable_len() > HEADER as u64
-        && buffers
-            .writable()
-            .iter()
-            .all(|s| memory.check_range(s.addr, s.len as usize, Permissions::Write));
+        && buffers.are_inside(memory);
     if !usable {
         return Some(0);
     }

@@ -1,0 +1,307 @@
+//! The device over a packet socket, which tells one packet from the next as a TAP does.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use super::*;
+use crate::testing::{Bench, DATA, END, readable, sockets, writable};
+
+const RX: u64 = DATA + 0x10_0000;
+const TX: u64 = DATA;
+const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
+
+pub fn spec() -> NetSpec {
+    NetSpec {
+        fd: FdSlot(0),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(1400),
+    }
+}
+
+struct Wire {
+    b: Bench,
+    /// The far end.
+    far: UnixStream,
+}
+
+impl Wire {
+    fn new(features: impl FnOnce(u64) -> u64) -> Self {
+        let listener = sockets::listener(libc::SOCK_SEQPACKET);
+        let far = sockets::connect(&listener, libc::SOCK_SEQPACKET);
+        let near = std::os::unix::net::UnixListener::from(listener)
+            .accept()
+            .unwrap()
+            .0;
+        far.set_nonblocking(true).unwrap();
+        let device = spec().over_socket(near.into()).unwrap();
+        let features = features(device.features());
+        let mut b = Bench::with_features(device, features);
+        b.turn();
+        Self { b, far }
+    }
+
+    /// A packet as it comes from the wire: a header and `len` bytes.
+    fn packet(len: usize) -> Vec<u8> {
+        let mut p = vec![0; HEADER];
+        p.extend((0..len).map(|n| (n % 251) as u8));
+        p
+    }
+
+    fn arrive(&mut self, len: usize) {
+        self.far.write_all(&Self::packet(len)).unwrap();
+        self.b.turn();
+    }
+
+    fn give(&mut self, n: u64, at: u64, len: u32) {
+        for i in 0..n {
+            self.b.queues[0].add(&[writable(at + i * u64::from(len), len)]);
+        }
+        self.b.kick(0);
+    }
+
+    fn send(&mut self, header: [u8; HEADER], data: &[u8]) {
+        self.b.write(TX, &header);
+        self.b.write(TX + 0x100, data);
+        self.b.queues[1].add(&[
+            readable(TX, HEADER as u32),
+            readable(TX + 0x100, data.len() as u32),
+        ]);
+        self.b.kick(1);
+    }
+
+    fn sent(&mut self) -> Option<Vec<u8>> {
+        let mut v = vec![0; 70_000];
+        match self.far.read(&mut v) {
+            Ok(n) => v.truncate(n),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return None,
+            Err(e) => panic!("{e}"),
+        }
+        Some(v)
+    }
+
+    fn used(&mut self, queue: usize) -> Option<(u32, u32)> {
+        self.b.queues[queue].used()
+    }
+}
+
+fn num_buffers(b: &Bench, at: u64) -> u16 {
+    u16::from_le_bytes(b.read(at + 10, 2).try_into().unwrap())
+}
+
+#[test]
+fn a_packet_goes_out_as_it_lies_in_memory() {
+    let mut w = Wire::new(|f| f);
+    let mut data = ETHERNET.to_vec();
+    data.extend([9; 500]);
+    w.send([0; HEADER], &data);
+    assert_eq!(w.sent().unwrap()[HEADER..], data);
+    assert_eq!(w.used(1), Some((0, 0)));
+    // In pieces, the first of which cuts the header.
+    let chain: Vec<_> = (0..26).map(|n| readable(TX + 0x100 - 12 + n, 1)).collect();
+    w.b.write(TX + 0x100 - 12, &[0; 12]);
+    w.b.queues[1].add(&chain);
+    w.b.kick(1);
+    assert_eq!(w.sent().unwrap()[HEADER..], ETHERNET);
+}
+
+#[test]
+fn bad_packets_are_dropped_and_given_back() {
+    let mut w = Wire::new(|f| f & !feature::HOST_TSO6);
+    let mut tso6 = [0; HEADER];
+    tso6[1] = 4;
+    w.send(tso6, &ETHERNET);
+    w.send([0; HEADER], &ETHERNET[..13]);
+    w.b.queues[1].add(&[readable(TX, 11)]);
+    w.b.queues[1].add(&[readable(END, 100)]);
+    w.b.queues[1].add(&[readable(TX, 100), readable(END - 10, 100)]);
+    w.b.queues[1].add(&[readable(TX, 100), readable(DATA, 100_000)]);
+    w.b.queues[1].add(&[writable(TX, 100)]);
+    w.b.kick(1);
+    let back = std::iter::from_fn(|| w.b.queues[1].used()).count();
+    assert_eq!(back, 7);
+    assert_eq!(w.sent(), None);
+    assert!(!w.b.needs_reset());
+}
+
+#[test]
+fn a_full_wire_holds_packets_back_without_spinning() {
+    let mut w = Wire::new(|f| f);
+    for n in 0..250u8 {
+        let at = DATA + 0x1000 + u64::from(n) * 0x1000;
+        w.b.write(at, &[0; HEADER]);
+        w.b.write(at + 12, &ETHERNET);
+        w.b.write(at + 26, &[n; 2000]);
+        w.b.queues[1].add(&[readable(at, 2026)]);
+    }
+    w.b.kick(1);
+    let mut got = Vec::new();
+    loop {
+        match w.sent() {
+            Some(p) => got.push(p[26]),
+            None if got.len() == 250 => break,
+            None => assert!(w.b.turn_once(1000), "the rest is sent once there is room"),
+        }
+    }
+    assert_eq!(got, (0..250).collect::<Vec<u8>>());
+}
+
+#[test]
+fn a_packet_fills_one_buffer_or_several() {
+    let mut w = Wire::new(|f| f);
+    w.give(100, RX, 1000);
+    w.arrive(500);
+    assert_eq!(w.used(0), Some((0, 512)));
+    assert_eq!(num_buffers(&w.b, RX), 1);
+    assert_eq!(w.b.read(RX + 12, 500), Wire::packet(500)[12..]);
+    w.arrive(2500);
+    assert_eq!(
+        [w.used(0), w.used(0), w.used(0)],
+        [Some((1, 1000)), Some((2, 1000)), Some((3, 512))]
+    );
+    assert_eq!(num_buffers(&w.b, RX + 1000), 3);
+    assert_eq!(w.b.read(RX + 1012, 2500), Wire::packet(2500)[12..]);
+    // Chains that were taken ahead are put back and used again.
+    w.b.pause_and_resume();
+    w.arrive(988);
+    assert_eq!(w.used(0), Some((4, 1000)));
+    assert_eq!(w.b.interrupts(), 3);
+}
+
+#[test]
+fn a_large_packet_waits_for_the_buffers_that_it_takes() {
+    let mut w = Wire::new(|f| f);
+    w.give(3, RX, 1000);
+    w.arrive(5000);
+    assert_eq!(w.used(0), None);
+    w.give(1, RX + 3000, 1000);
+    assert_eq!(w.used(0), None);
+    w.arrive(10);
+    w.give(6, RX + 4000, 1000);
+    let lens: Vec<_> = std::iter::from_fn(|| w.used(0)).map(|(_, len)| len).collect();
+    assert_eq!(lens, [1000, 1000, 1000, 1000, 1000, 12, 22]);
+    assert_eq!(w.b.read(RX + 12, 5000), Wire::packet(5000)[12..]);
+}
+
+#[test]
+fn a_packet_that_the_whole_ring_cannot_hold_is_dropped() {
+    let mut w = Wire::new(|f| f);
+    w.give(256, RX, 100);
+    w.arrive(60_000);
+    w.arrive(50);
+    assert_eq!(w.used(0), Some((0, 62)));
+    assert_eq!(w.used(0), None);
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_has_one_chain() {
+    let mut w = Wire::new(|f| f & !feature::MRG_RXBUF);
+    w.b.queues[0].add(&[writable(RX, 12), writable(RX + 100, 1514)]);
+    w.give(1, RX + 0x1000, 500);
+    w.give(1, RX + 0x2000, 2000);
+    w.arrive(1500);
+    assert_eq!(w.used(0), Some((0, 1512)));
+    assert_eq!(num_buffers(&w.b, RX), 1);
+    w.arrive(600);
+    assert_eq!(w.used(0), None, "too long for the chain, dropped");
+    w.arrive(400);
+    assert_eq!(w.used(0), Some((2, 412)));
+}
+
+#[test]
+fn useless_buffers_are_given_back_empty() {
+    let mut w = Wire::new(|f| f);
+    w.b.queues[0].add(&[writable(RX, 11)]);
+    w.b.queues[0].add(&[readable(RX, 2000)]);
+    w.b.queues[0].add(&[writable(END - 100, 2000)]);
+    w.b.queues[0].add(&[writable(u64::MAX - 100, 200)]);
+    w.b.queues[0].add(&[writable(RX, 2000)]);
+    w.b.queues[0].add(&[writable(END, 2000)]);
+    w.arrive(100);
+    w.b.kick(0);
+    for head in 0..4 {
+        assert_eq!(w.used(0), Some((head, 0)));
+    }
+    assert_eq!(w.used(0), Some((4, 112)));
+}
+
+#[test]
+fn packets_wait_on_the_wire_while_there_are_no_buffers() {
+    let mut w = Wire::new(|f| f);
+    (0..20).for_each(|_| w.arrive(100));
+    assert!(!w.b.turn_once(0), "nothing is polled");
+    w.give(20, RX, 2000);
+    let back = std::iter::from_fn(|| w.b.queues[0].used())
+        .filter(|(_, len)| *len == 112)
+        .count();
+    assert_eq!(back, 20);
+}
+
+#[test]
+fn a_lost_tap_is_a_pulled_cable() {
+    let mut w = Wire::new(|f| f);
+    let status = |b: &Bench| {
+        let mut s = [0; 2];
+        b.device.read_config(6, &mut s);
+        s[0]
+    };
+    assert_eq!(status(&w.b), 1);
+    w.give(2, RX, 2000);
+    let (other, _) = UnixStream::pair().unwrap();
+    drop(std::mem::replace(&mut w.far, other));
+    w.b.turn();
+    assert_eq!(status(&w.b), 0);
+    assert_eq!(w.b.interrupt.config.load(Ordering::SeqCst), 1);
+    w.send([0; HEADER], &ETHERNET);
+    assert_eq!(w.used(1), Some((0, 0)), "dropped");
+    assert!(!w.b.needs_reset());
+}
+
+#[test]
+fn configuration_space_has_address_status_and_mtu() {
+    let w = Wire::new(|f| f);
+    let mut c = [0xee; 14];
+    w.b.device.read_config(0, &mut c);
+    assert_eq!(c, [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x78, 5, 0xee, 0xee]);
+}
+
+#[test]
+fn wrong_addresses_mtus_and_descriptors_are_refused() {
+    let refuse = |s: NetSpec| {
+        let fd = tempfile::tempfile().unwrap().into();
+        s.build(&mut BuildEnv::new(vec![fd]), None)
+            .err()
+            .unwrap()
+            .to_string()
+    };
+    assert!(
+        refuse(NetSpec {
+            mac: [0; 6],
+            ..spec()
+        })
+        .contains("00:00:00:00:00:00 is no unicast")
+    );
+    assert!(
+        refuse(NetSpec {
+            mac: [1, 2, 3, 4, 5, 6],
+            ..spec()
+        })
+        .contains("no unicast")
+    );
+    assert!(
+        refuse(NetSpec {
+            mtu: Some(67),
+            ..spec()
+        })
+        .contains("an MTU of 67")
+    );
+    assert!(refuse(spec()).contains("the descriptor is no TAP"));
+}
+
+#[test]
+fn offloads_follow_from_features() {
+    use feature::*;
+    assert_eq!(offloads(u64::MAX), 31);
+    assert_eq!(offloads(!GUEST_CSUM), 0);
+    assert_eq!(offloads(GUEST_CSUM | GUEST_ECN), 1);
+    assert_eq!(offloads(GUEST_CSUM | GUEST_TSO6 | GUEST_ECN), 13);
+}
