@@ -120,7 +120,8 @@ impl Driver {
         let program = Executable::from_file(&mut File::open("/proc/self/exe")?, Path::new("/proc/self/exe"))?;
         let jailer = Jailer::new(&JailerConfig {
             mode: Mode::detect(),
-            ids: IdRange::new(FIRST_ID, 16)?,
+            uids: IdRange::new(FIRST_ID, 16)?,
+            gids: IdRange::new(FIRST_ID, 16)?,
             cgroup_parent,
             missing_controllers: cgroup::Missing::Report,
         })?;

@@ -27,7 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let made = Instant::now();
         let jailer = Jailer::new(&JailerConfig {
             mode,
-            ids: range,
+            uids: range,
+            gids: range,
             cgroup_parent,
             missing_controllers,
         })?;

@@ -118,6 +118,17 @@ impl IdRange {
     }
 }
 
+impl fmt::Display for IdRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} to {}",
+            self.first,
+            u64::from(self.first) + u64::from(self.count) - 1
+        )
+    }
+}
+
 /// Gives each guest ids of its own. Pure: the caller keeps the record of who has which, and tells a new allocator
 /// after a restart with [`IdAllocator::reserve`].
 ///

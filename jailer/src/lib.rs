@@ -11,7 +11,8 @@
 //! use std::os::fd::AsFd;
 //! let jailer = Jailer::new(&JailerConfig {
 //!     mode: Mode::detect(),
-//!     ids: IdRange::new(200_000, 4_096)?,
+//!     uids: IdRange::new(200_000, 4_096)?,
+//!     gids: IdRange::new(200_000, 4_096)?,
 //!     cgroup_parent: Some("/sys/fs/cgroup/shoal".into()),
 //!     missing_controllers: cgroup::Missing::Refuse,
 //! })?;

@@ -21,13 +21,11 @@ use std::path::Path;
 
 use crate::clone::{ChildStack, CloneArgs, clone3};
 use crate::error::{Degradation, JailError};
+use crate::id::IdRange;
 use crate::sys::{self, Errno};
 
 /// Name of the directory inside the empty file system that jails are chrooted into.
 pub(crate) const ROOT: &CStr = c"void";
-
-/// How a namespace of users numbers them: (first inside, first outside, how many).
-pub(crate) type IdMap = (u32, u32, u32);
 
 /// Descriptors of the shared namespaces.
 #[derive(Debug)]
@@ -42,7 +40,7 @@ pub(crate) struct Shared {
 
 /// Makes the namespaces as root: mount and network belong to the host's user namespace, and the jails' user
 /// namespace maps the guests' ids only, so that inside it there is neither root nor any other user.
-pub(crate) fn as_root(ids: (u32, u32)) -> Result<(Shared, Vec<Degradation>), JailError> {
+pub(crate) fn as_root(uids: IdRange, gids: IdRange) -> Result<(Shared, Vec<Degradation>), JailError> {
     let mut lacks = Vec::new();
     let empty = Helper::start((libc::CLONE_NEWNS | libc::CLONE_NEWNET) as u64)
         .map_err(|source| fail("making the jails' mount and network namespace", source))?;
@@ -52,10 +50,9 @@ pub(crate) fn as_root(ids: (u32, u32)) -> Result<(Shared, Vec<Degradation>), Jai
     {
         lacks.push(hidden_root());
     }
-    let (first, count) = ids;
     let user = Helper::start(libc::CLONE_NEWUSER as u64).and_then(|helper| {
-        helper.write("uid_map", &map_line((first, first, count)))?;
-        helper.write("gid_map", &map_line((first, first, count)))?;
+        helper.write("uid_map", &map_line(uids.first(), uids.count()))?;
+        helper.write("gid_map", &map_line(gids.first(), gids.count()))?;
         helper.namespace("user")
     });
     let user = user.map_err(|error| {
@@ -91,12 +88,8 @@ pub(crate) fn rootless(uid: u32, gid: u32) -> Result<(Shared, Vec<Degradation>),
     };
     let helper = Helper::start(flags).map_err(refused)?;
     helper.write("setgroups", "deny").map_err(refused)?;
-    helper
-        .write("uid_map", &map_line((uid, uid, 1)))
-        .map_err(refused)?;
-    helper
-        .write("gid_map", &map_line((gid, gid, 1)))
-        .map_err(refused)?;
+    helper.write("uid_map", &map_line(uid, 1)).map_err(refused)?;
+    helper.write("gid_map", &map_line(gid, 1)).map_err(refused)?;
     let mut lacks = Vec::new();
     if helper
         .proceed()
@@ -119,8 +112,9 @@ pub(crate) fn rootless(uid: u32, gid: u32) -> Result<(Shared, Vec<Degradation>),
     ))
 }
 
-fn map_line((inside, outside, count): IdMap) -> String {
-    format!("{inside} {outside} {count}")
+/// Ids are the same inside and outside.
+fn map_line(first: u32, count: u32) -> String {
+    format!("{first} {first} {count}")
 }
 
 fn hidden_root() -> Degradation {

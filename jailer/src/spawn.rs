@@ -27,8 +27,10 @@ pub const MAX_TARGET_FD: RawFd = 255;
 pub struct JailerConfig {
     /// [`Mode::Root`], [`Mode::Rootless`] or [`Mode::Off`]; [`Mode::detect`] chooses.
     pub mode: Mode,
-    /// The ids that guests may run as (root only).
-    pub ids: IdRange,
+    /// The users that guests may run as (root only).
+    pub uids: IdRange,
+    /// The groups that guests may run as (root only).
+    pub gids: IdRange,
     /// The cgroup (v2) below which each guest gets a leaf, an absolute path; `None` goes without.
     pub cgroup_parent: Option<PathBuf>,
     /// What to do about limits that the cgroup cannot set.
@@ -133,7 +135,8 @@ impl Jail {
 #[derive(Debug)]
 pub struct Jailer {
     mode: Mode,
-    ids: IdRange,
+    uids: IdRange,
+    gids: IdRange,
     shared: Option<Shared>,
     landlock: Option<OwnedFd>,
     /// Each jail gets a network namespace of its own.
@@ -182,7 +185,7 @@ impl Jailer {
             Mode::Off => None,
             Mode::Root => {
                 sys::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0).map_err(dumpable)?;
-                Some(shared::as_root((config.ids.first(), config.ids.count()))?)
+                Some(shared::as_root(config.uids, config.gids)?)
             }
             Mode::Rootless => Some(shared::rootless(uid, gid)?),
         };
@@ -217,7 +220,8 @@ impl Jailer {
             })?;
         Ok(Jailer {
             mode: config.mode,
-            ids: config.ids,
+            uids: config.uids,
+            gids: config.gids,
             shared,
             landlock,
             own_net,
@@ -282,13 +286,9 @@ impl Jailer {
 
     fn check_ids(&self, ids: Ids) -> Result<(), JailError> {
         let (uid, gid) = (ids.uid(), ids.gid());
-        if self.mode == Mode::Root && !(self.ids.contains(uid) && self.ids.contains(gid)) {
-            let last = u64::from(self.ids.first()) + u64::from(self.ids.count()) - 1;
-            return Err(JailError::IdsOutside {
-                uid,
-                gid,
-                allowed: format!("{} to {last}", self.ids.first()),
-            });
+        if self.mode == Mode::Root && !(self.uids.contains(uid) && self.gids.contains(gid)) {
+            let allowed = format!("users {} and groups {}", self.uids, self.gids);
+            return Err(JailError::IdsOutside { uid, gid, allowed });
         }
         Ok(())
     }
