@@ -98,6 +98,13 @@ async fn read(body: Body) -> Result<Bytes, ApiError> {
 
 /// Parses JSON; an error names the field, line and column.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // serde would take an array for a struct, field by field.
+    if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(match serde_json::from_slice::<serde::de::IgnoredAny>(bytes) {
+            Ok(_) => unusable("the body is no JSON object"),
+            Err(error) => malformed(&error),
+        });
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let parsed =
         serde_path_to_error::deserialize(&mut json).map_err(|e| (e.path().to_string(), e.into_inner()));
@@ -111,23 +118,26 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let (path, error) = error;
     let field = (!path.is_empty() && path != ".").then_some(path);
     Err(if error.is_data() {
-        ApiError::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "invalid-field",
-            "A field cannot be used",
-            error.to_string(),
-        )
-        .field(field)
-        .hint("GET /v1/openapi.json describes all fields")
+        unusable(error.to_string())
     } else {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            "malformed-json",
-            "The body is no JSON",
-            error.to_string(),
-        )
-        .field(field)
-    })
+        malformed(&error)
+    }
+    .field(field))
+}
+
+fn unusable(detail: impl Into<String>) -> ApiError {
+    let title = "A field cannot be used";
+    ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid-field", title, detail)
+        .hint("GET /v1/openapi.json describes all fields")
+}
+
+fn malformed(error: &serde_json::Error) -> ApiError {
+    ApiError::new(
+        StatusCode::BAD_REQUEST,
+        "malformed-json",
+        "The body is no JSON",
+        error.to_string(),
+    )
 }
 
 /// The query of a request.
@@ -176,13 +186,21 @@ mod tests {
         );
         let p = problem(r#"{"kernel":{"path":"/k"},"vcpus":-1}"#);
         assert_eq!((p.status, p.field.as_deref()), (422, Some("vcpus")));
-        for bad in ["{", "{\"kernel\":", "[1,", "nul", "{} x", "{\"a\":1,}"] {
+        let syntax = [
+            "{",
+            "{\"kernel\":",
+            "nul",
+            "[1,",
+            r#"{"kernel":{"path":"/k"}} x"#,
+            r#"{"kernel":{"path":"/k"},}"#,
+        ];
+        for bad in syntax {
             let p = problem(bad);
-            assert!(
-                p.status == 400 || bad.starts_with("{\"a") || bad == "{} x",
-                "{bad}: {p:?}"
-            );
+            assert_eq!(p.status, 400, "{bad}: {p:?}");
             assert!(p.detail.contains("line 1 column"), "{bad}: {p:?}");
+        }
+        for bad in ["[]", "7", "null", "[{}]"] {
+            assert_eq!(problem(bad).status, 422, "{bad}");
         }
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(problem(&deep).status >= 400);

@@ -170,7 +170,15 @@ mod tests {
     #[tokio::test]
     async fn tells_how_a_child_ended() {
         let spawn = |script: &str| {
-            Process::of_child(Command::new("/bin/sh").args(["-c", script]).spawn().unwrap()).unwrap()
+            let mut command = Command::new("/bin/sh");
+            Process::of_child(
+                command
+                    .args(["-c", script])
+                    .stdin(Stdio::piped())
+                    .spawn()
+                    .unwrap(),
+            )
+            .unwrap()
         };
         assert_eq!(spawn("exit 7").ended().await, Ended::Code(7));
         let mut p = spawn("read x; exit 1");

@@ -7,6 +7,8 @@ use std::sync::Arc;
 
 use shoal_devices::spec::{AnyDeviceSpec, FdSlot};
 use shoal_devices::virtio::block::BlockSpec;
+use shoal_devices::virtio::net::NetSpec;
+use shoal_devices::virtio::net::open::{OpenTapError, open_tap};
 use shoal_devices::virtio::rng::RngSpec;
 use shoal_devices::virtio::vsock::VsockSpec;
 use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
@@ -15,7 +17,7 @@ use tokio::sync::mpsc;
 
 use crate::actor::Shared;
 use crate::disk::{self, DiskUse};
-use crate::error::HostError;
+use crate::error::{HostError, chain};
 use crate::link::listen_at;
 use crate::paths::{self, GuestDir};
 use crate::spec::{FIRST_CID, GuestSpec};
@@ -199,11 +201,32 @@ pub(crate) fn note_disks(id: &str, spec: &GuestSpec, shared: &Shared) -> Vec<Dis
     metadata.map(|meta| shared.disks.note(&meta, id)).collect()
 }
 
-fn open_networks(spec: &GuestSpec, _: &mut Hand, _: &mut Vec<AnyDeviceSpec>) -> Result<(), HostError> {
-    match spec.networks.is_empty() {
-        true => Ok(()),
-        false => Err(HostError::invalid("networks", "this build has no network device")),
+fn open_networks(
+    spec: &GuestSpec,
+    hand: &mut Hand,
+    devices: &mut Vec<AnyDeviceSpec>,
+) -> Result<(), HostError> {
+    for (i, network) in spec.networks.iter().enumerate() {
+        let field = format!("networks[{i}].tap");
+        let tap = open_tap(&network.tap).map_err(|error| match error {
+            OpenTapError::Busy(what) => HostError::InUse {
+                field,
+                what: format!("the interface {what:?}"),
+                by: "another process".into(),
+            },
+            error => HostError::invalid(field, chain(&error)),
+        })?;
+        // Chosen when the guest was created.
+        let mac = network
+            .mac
+            .ok_or_else(|| HostError::invalid(format!("networks[{i}].mac"), "is missing"))?;
+        devices.push(AnyDeviceSpec::Net(NetSpec {
+            fd: hand.own(tap),
+            mac: mac.0,
+            mtu: None,
+        }));
     }
+    Ok(())
 }
 
 fn open_vsock(

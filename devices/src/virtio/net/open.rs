@@ -1,0 +1,137 @@
+//! The host's part of a network device: opens a TAP that exists.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// A TAP could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenTapError {
+    /// No interface has the name.
+    #[error("there is no interface {0:?}; make one with: ip tuntap add {0} mode tap && ip link set {0} up")]
+    Missing(String),
+    /// Another process has it open.
+    #[error("the interface {0:?} is in use by another process")]
+    Busy(String),
+    /// The interface is none that can be opened.
+    #[error(
+        "the interface {0:?} is no TAP with a single queue (made with `mode tap`, without `multi_queue`)"
+    )]
+    NotATap(String),
+    /// A system call failed.
+    #[error("{what} for the interface {name:?} failed")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The interface.
+        name: String,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Opens the TAP `name` of this process's network namespace, with IFF_NO_PI and IFF_VNET_HDR, non-blocking. Never makes
+/// one.
+///
+/// # Errors
+/// See [`OpenTapError`].
+pub fn open_tap(name: &str) -> Result<OwnedFd, OpenTapError> {
+    let failed = |what| {
+        move |source| OpenTapError::Io {
+            what,
+            name: name.to_owned(),
+            source,
+        }
+    };
+    let index = interface_index(name).ok_or_else(|| OpenTapError::Missing(name.to_owned()))?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(failed("opening /dev/net/tun"))?;
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .zip(name.bytes().take(libc::IFNAMSIZ - 1))
+    {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: the kernel reads and writes one ifreq, which lives until the call returns.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
+        let source = io::Error::last_os_error();
+        return Err(match source.raw_os_error() {
+            Some(libc::EBUSY) => OpenTapError::Busy(name.to_owned()),
+            Some(libc::EINVAL) => OpenTapError::NotATap(name.to_owned()),
+            _ => failed("TUNSETIFF")(source),
+        });
+    }
+    // An interface that vanished in between would have been made anew by TUNSETIFF; it goes with the descriptor.
+    if interface_index(name) != Some(index) {
+        return Err(OpenTapError::Missing(name.to_owned()));
+    }
+    Ok(file.into())
+}
+
+fn interface_index(name: &str) -> Option<u32> {
+    let name = CString::new(name)
+        .ok()
+        .filter(|n| (1..libc::IFNAMSIZ).contains(&n.count_bytes()))?;
+    // SAFETY: the name is zero-terminated and lives until the call returns.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (index != 0).then_some(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn opens_only_taps_that_exist() {
+        for name in ["", "no-such-tap-000", "a\0b", "a-name-that-is-too-long"] {
+            assert!(
+                matches!(open_tap(name), Err(OpenTapError::Missing(_))),
+                "{name:?}"
+            );
+        }
+        // Made in a namespace of this thread's own, so that nothing is left and nothing is in the way.
+        let test = || {
+            // SAFETY: takes no pointers; concerns this thread only.
+            if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let made = File::options().read(true).write(true).open("/dev/net/tun")?;
+            // SAFETY: all-zero is a valid ifreq.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            request.ifr_name[..4].copy_from_slice(&b"tap7".map(|b| b as libc::c_char));
+            request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+            // SAFETY: the kernel reads and writes one ifreq.
+            if unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok((open_tap("tap7"), open_tap("lo"), {
+                // SAFETY: takes an integer: the interface outlives its descriptor.
+                unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+                drop(made);
+                open_tap("tap7")
+            }))
+        };
+        match std::thread::spawn(test)
+            .join()
+            .expect("the thread ends by itself")
+        {
+            Ok((busy, lo, free)) => {
+                assert!(matches!(busy, Err(OpenTapError::Busy(_))), "{busy:?}");
+                assert!(matches!(lo, Err(OpenTapError::NotATap(_))), "{lo:?}");
+                free.expect("it exists and is free");
+            }
+            Err(e) => eprintln!("SKIP: opens_only_taps_that_exist: a TAP cannot be made here: {e}"),
+        }
+    }
+}
