@@ -6,6 +6,7 @@
 
 mod handler;
 mod header;
+pub mod open;
 mod receive;
 mod tap;
 mod transmit;
