@@ -1,9 +1,9 @@
-//! The parent's side: what a jail shall be, and starting it.
+//! The parent's side: making what jails share, and starting them.
 
-use std::ffi::{CString, c_char};
+use std::ffi::c_char;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::atomic::Ordering::SeqCst;
@@ -14,13 +14,12 @@ use crate::clone::{CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP, ChildStack, CloneArgs
 use crate::error::{Degradation, JailError, Step};
 use crate::exec::Executable;
 use crate::id::{IdRange, Ids, JailId};
+use crate::jail::Jail;
+use crate::lacks::{no_cgroup, no_jail, one_user, skipped};
 use crate::landlock;
-use crate::rlimits::Rlimits;
 use crate::shared::{self, Shared};
+use crate::spec::{Argv, JailSpec, place, refuse_terminals};
 use crate::sys::{self, Exit};
-
-/// The highest number that a descriptor may be handed over at.
-pub const MAX_TARGET_FD: RawFd = 255;
 
 /// How the jails of one host are made.
 #[derive(Debug, Clone)]
@@ -35,99 +34,6 @@ pub struct JailerConfig {
     pub cgroup_parent: Option<PathBuf>,
     /// What to do about limits that the cgroup cannot set.
     pub missing_controllers: cgroup::Missing,
-}
-
-/// A descriptor to hand over, and the number that it gets.
-#[derive(Debug, Clone, Copy)]
-pub struct HandOver<'a> {
-    /// The descriptor.
-    pub fd: BorrowedFd<'a>,
-    /// Its number in the VMM, 0 to [`MAX_TARGET_FD`].
-    pub target: RawFd,
-}
-
-/// One jail.
-#[derive(Debug)]
-pub struct JailSpec<'a> {
-    /// Its name; the leaf of the cgroup is called after it.
-    pub id: &'a JailId,
-    /// User and group of the guest's own. Ignored when rootless (all guests run as the user).
-    pub ids: Ids,
-    /// Arguments of the program, with its name first.
-    pub argv: &'a [CString],
-    /// What it gets. Numbers 0, 1 and 2 are /dev/null where nothing else is given for them.
-    pub fds: &'a [HandOver<'a>],
-    /// Limits of its cgroup.
-    pub limits: &'a cgroup::Limits,
-    /// Limits of the process.
-    pub rlimits: Rlimits,
-    /// 0 to 1000; higher is killed sooner when the host is out of memory. `None` leaves it.
-    pub oom_score_adj: Option<u16>,
-    /// No other guest's thread on the other half of a core (PR_SCHED_CORE). Costs throughput; see docs/security.md.
-    pub core_scheduling: bool,
-    /// End the program when the thread that calls [`Jailer::spawn`] ends. Not for guests that outlive their daemon.
-    pub die_with_parent: bool,
-}
-
-/// A running jail. Dropping it changes nothing: guests outlive the daemon.
-#[derive(Debug)]
-pub struct Jail {
-    /// Process number on the host.
-    pub pid: i32,
-    /// The process itself, whatever becomes of its number.
-    pub pidfd: OwnedFd,
-    /// Its cgroup.
-    pub leaf: Option<Leaf>,
-    /// What this jail lacks beyond what [`Jailer::degradations`] tells.
-    pub degradations: Vec<Degradation>,
-}
-
-impl Jail {
-    /// Ends the program at once (SIGKILL).
-    ///
-    /// # Errors
-    /// `ESRCH` when it has ended and been waited for.
-    pub fn kill(&self) -> io::Result<()> {
-        sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL)
-    }
-
-    /// Sends a signal. As number 1 of its pid namespace the program ignores what it has no handler for, but SIGKILL.
-    ///
-    /// # Errors
-    /// `ESRCH` when it has ended and been waited for, `EINVAL` for what is no signal.
-    pub fn signal(&self, signal: i32) -> io::Result<()> {
-        sys::pidfd_send_signal(self.pidfd.as_fd(), signal)
-    }
-
-    /// Waits for its end. The pidfd becomes readable then, for those who poll.
-    ///
-    /// # Errors
-    /// `ECHILD` when it is not this process's child, or was waited for.
-    pub fn wait(&self) -> io::Result<Exit> {
-        sys::wait_pidfd(self.pidfd.as_fd(), true)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ECHILD))
-    }
-
-    /// How it ended; `None` when it still runs.
-    ///
-    /// # Errors
-    /// As [`Jail::wait`].
-    pub fn try_wait(&self) -> io::Result<Option<Exit>> {
-        sys::wait_pidfd(self.pidfd.as_fd(), false)
-    }
-
-    /// Kills, waits, and removes the cgroup.
-    ///
-    /// # Errors
-    /// When the cgroup cannot be removed. A program that has ended already is no error.
-    pub fn destroy(mut self) -> Result<Option<Exit>, JailError> {
-        // ESRCH: it ended before.
-        let _ = self.kill();
-        let exit = self.wait().ok();
-        if let Some(leaf) = &mut self.leaf {
-            leaf.remove()?;
-        }
-        Ok(exit)
-    }
 }
 
 /// Makes jails. Holds what they share; make one per daemon. Its methods may be called from several threads; each call
@@ -498,124 +404,10 @@ impl Drop for SignalsBlocked {
     }
 }
 
-/// Arguments as the kernel takes them.
-struct Argv {
-    pointers: Vec<*const c_char>,
-    _strings: Vec<CString>,
-}
-
-impl Argv {
-    fn new(arguments: &[CString]) -> Result<Argv, JailError> {
-        if arguments.is_empty() {
-            return Err(JailError::Argument {
-                index: 0,
-                why: "the name of the program is missing",
-            });
-        }
-        let strings = arguments.to_vec();
-        let mut pointers: Vec<_> = strings.iter().map(|text| text.as_ptr()).collect();
-        pointers.push(ptr::null());
-        Ok(Argv {
-            pointers,
-            _strings: strings,
-        })
-    }
-
-    fn as_ptr(&self) -> *const *const c_char {
-        self.pointers.as_ptr()
-    }
-}
-
-/// Checks and sorts the descriptors, and fills 0 to 2 with /dev/null.
-fn place(fds: &[HandOver<'_>], null: BorrowedFd<'_>) -> Result<Vec<Placed>, JailError> {
-    let mut placed: Vec<Placed> = fds
-        .iter()
-        .map(|hand| Placed {
-            source: hand.fd.as_raw_fd(),
-            target: hand.target,
-        })
-        .collect();
-    for target in 0..3 {
-        if !placed.iter().any(|p| p.target == target) {
-            placed.push(Placed {
-                source: null.as_raw_fd(),
-                target,
-            });
-        }
-    }
-    placed.sort_by_key(|p| p.target);
-    if let Some(p) = placed.iter().find(|p| !(0..=MAX_TARGET_FD).contains(&p.target)) {
-        let why = format!("number {} lies outside 0 to {MAX_TARGET_FD}", p.target);
-        return Err(JailError::HandOver { why });
-    }
-    if let Some(pair) = placed.windows(2).find(|pair| pair[0].target == pair[1].target) {
-        return Err(JailError::HandOver {
-            why: format!("number {} is asked for twice", pair[0].target),
-        });
-    }
-    Ok(placed)
-}
-
-/// A program that leads a session can make any terminal that it holds its own, and then type into it for the shell on
-/// the other side (TIOCSTI). So none is handed over.
-fn refuse_terminals(fds: &[HandOver<'_>]) -> Result<(), JailError> {
-    let is_terminal = |hand: &&HandOver<'_>| {
-        // SAFETY: an open descriptor.
-        unsafe { libc::isatty(hand.fd.as_raw_fd()) == 1 }
-    };
-    match fds.iter().find(is_terminal) {
-        None => Ok(()),
-        Some(hand) => {
-            let why = format!(
-                "number {} is a terminal, which a jail does not get: hand over a pipe or a file",
-                hand.target
-            );
-            Err(JailError::HandOver { why })
-        }
-    }
-}
-
 /// The number of the last capability that the kernel knows; 63 when it does not say, which is as many as there can be.
 fn last_capability() -> u32 {
     let text = std::fs::read_to_string("/proc/sys/kernel/cap_last_cap").unwrap_or_default();
     text.trim().parse().unwrap_or(63).min(63)
-}
-
-/// Steps that were passed over, in words.
-fn skipped(bits: u32) -> Vec<Degradation> {
-    let all = [
-        (
-            Step::OomScore,
-            Degradation {
-                what: "oom_score_adj",
-                because: "/proc/self/oom_score_adj could not be written".to_owned(),
-                consequence: "the host's own processes may be killed for a guest's memory",
-                remedy: "mount /proc on the host",
-            },
-        ),
-        (
-            Step::Keyring,
-            Degradation {
-                what: "session keyring",
-                because: "the kernel has no keys, or the user's quota of them is used up".to_owned(),
-                consequence: "keys of the daemon's session are kept from the VMM by seccomp only",
-                remedy: "raise kernel.keys.maxkeys",
-            },
-        ),
-        (
-            Step::CoreScheduling,
-            Degradation {
-                what: "core scheduling",
-                because: "the kernel refuses it (no CONFIG_SCHED_CORE, or a machine without SMT)".to_owned(),
-                consequence: "where SMT is on, a guest may watch another on the same core",
-                remedy: "turn SMT off, or use a kernel with CONFIG_SCHED_CORE",
-            },
-        ),
-    ];
-    all.into_iter()
-        .filter(|(step, _)| bits & (1 << *step as u32) != 0)
-        .map(|(_, lack)| lack)
-        .collect()
 }
 
 fn dumpable(errno: i32) -> JailError {
@@ -624,33 +416,5 @@ fn dumpable(errno: i32) -> JailError {
         attempt: "making this process non-dumpable (prctl)",
         source,
         advice: "see prctl(2)",
-    }
-}
-
-fn no_cgroup() -> Degradation {
-    Degradation {
-        what: "cgroup",
-        because: "no cgroup of version 2 was given for the guests".to_owned(),
-        consequence: "a VMM that was taken over can use up the host's memory, processors and disks",
-        remedy: "give a cgroup of version 2 that is delegated to this user (--cgroup-parent)",
-    }
-}
-
-fn no_jail() -> Degradation {
-    Degradation {
-        what: "jail",
-        because: "it is turned off".to_owned(),
-        consequence: "a VMM that was taken over has everything that this user has",
-        remedy: "leave --no-jail away",
-    }
-}
-
-fn one_user(uid: u32) -> Degradation {
-    Degradation {
-        what: "a user per guest",
-        because: "without root, all guests run as the one user that started them".to_owned()
-            + &format!(" ({uid})"),
-        consequence: "between guests and that user's files and processes stand the namespaces, landlock and seccomp, but not the uid",
-        remedy: "run as root",
     }
 }

@@ -338,3 +338,37 @@ fn a_terminal_does_not_reach_the_jail() {
     command.stdin(_terminal);
     refused(command, 125, "is a terminal");
 }
+
+#[test]
+fn a_trace_finds_what_no_policy_allows() {
+    let file = std::env::temp_dir().join(format!("shoal-trace-of-{}", std::process::id()));
+    let mut traced = Command::new(JAILER);
+    let script = format!(
+        "exec {} attempt open-root trace 3>/dev/null",
+        env!("CARGO_BIN_EXE_shoal-escape")
+    );
+    let done = traced
+        .arg("trace")
+        .arg("--output")
+        .arg(&file)
+        .args(["--", "/bin/sh", "-c", &script])
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", words(&done));
+    let report = Command::new(JAILER)
+        .arg("policy-report")
+        .arg(&file)
+        .output()
+        .unwrap();
+    fs::remove_file(&file).unwrap();
+    let text = String::from_utf8(report.stdout).unwrap();
+    assert!(text.contains("NOT ALLOWED openat"), "{text}");
+    assert!(
+        text.contains("NOT ALLOWED")
+            && text
+                .lines()
+                .any(|line| line.contains("1 line") && line.contains(" exit_group ")),
+        "{text}"
+    );
+    assert_eq!(report.status.code(), Some(1));
+}
