@@ -68,7 +68,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     Attempt {
         name: "connect-neighbour",
         what: "connect to an abstract socket of another guest's VMM",
-        layer: "landlock",
+        layer: "landlock or own network namespace",
         stops: Stops::Twice,
         errors: &[libc::EPERM, libc::ECONNREFUSED],
         needs: &["neighbour-abstract"],
