@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
-use shoal_vmm::protocol::Step;
+use shoal_vmm::protocol::{Pages, Step};
 
 use crate::driver::{Guest, Started, sibling, start_floor, start_vmm};
 use crate::stats::{median, quantile};
@@ -64,6 +65,7 @@ pub fn probe(runs: u32, json: bool) -> Result<()> {
         initrd: None,
         cmdline: String::new(),
         memory_mib: 128,
+        pages: Pages::Small,
     };
     let (mut floors, mut vmms, mut timelines) = (Vec::new(), Vec::new(), Vec::new());
     let progress = bar(runs);
@@ -137,37 +139,72 @@ fn tempfile_with(bytes: &[u8]) -> Result<File> {
 }
 
 /// What a Linux guest is booted from, and how its boot is seen to be done.
-pub struct Linux {
-    kernel: PathBuf,
-    initrd: PathBuf,
+#[derive(clap::Args)]
+pub struct LinuxArgs {
+    /// The kernel of --lab and --here: an ELF vmlinux or a bzImage [default: the reference kernel of `make images`]
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// The initial RAM disk of --lab and --here [default: the reference one of `make images`]
+    #[arg(long)]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line with --lab and --here
+    #[arg(long, default_value = REFERENCE_CMDLINE, hide_default_value = true)]
     cmdline: String,
+    /// The pages behind the guest's memory with --lab and --here
+    #[arg(long, value_enum, default_value = "host")]
+    pages: PagesArg,
+    /// The console output to wait for with --lab and --here
+    #[arg(long, default_value = "GUEST-UP")]
     marker: String,
+    /// Prints what the guest of the last start wrote to its console up to the marker, to standard error
+    #[arg(long)]
     console: bool,
 }
 
-impl Linux {
-    /// The given files, else the reference ones of `make images`.
-    pub fn resolve(
-        kernel: Option<PathBuf>,
-        initrd: Option<PathBuf>,
-        cmdline: Option<String>,
-        marker: String,
-        console: bool,
-    ) -> Result<Self> {
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum PagesArg {
+    /// As the host has it set
+    Host,
+    /// 4 KiB pages only
+    Small,
+    /// Transparent huge pages where the host has them
+    Transparent,
+}
+
+impl From<PagesArg> for Pages {
+    fn from(arg: PagesArg) -> Self {
+        match arg {
+            PagesArg::Host => Self::Host,
+            PagesArg::Small => Self::Small,
+            PagesArg::Transparent => Self::Transparent,
+        }
+    }
+}
+
+/// [`LinuxArgs`] with the files found.
+pub struct Linux {
+    args: LinuxArgs,
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl LinuxArgs {
+    /// Finds the files: the given ones, else the reference ones of `make images`.
+    pub fn resolve(self) -> Result<Linux> {
         let folder = sibling("shoal-vmm")?.with_file_name("../images");
-        let pick = |given: Option<PathBuf>, name: &str| {
-            let path = given.unwrap_or_else(|| folder.join(name));
+        let pick = |given: &Option<PathBuf>, name: &str| {
+            let path = given.clone().unwrap_or_else(|| folder.join(name));
             match path.canonicalize() {
                 Ok(path) => Ok(path),
                 Err(e) => bail!("{}: {e}; run `make images`, or name the file", path.display()),
             }
         };
-        Ok(Self {
-            kernel: pick(kernel, "reference-vmlinux")?,
-            initrd: pick(initrd, "reference-initramfs.gz")?,
-            cmdline: cmdline.unwrap_or_else(|| REFERENCE_CMDLINE.into()),
-            marker,
-            console,
+        let kernel = pick(&self.kernel, "reference-vmlinux")?;
+        let initrd = pick(&self.initrd, "reference-initramfs.gz")?;
+        Ok(Linux {
+            args: self,
+            kernel,
+            initrd,
         })
     }
 }
@@ -196,18 +233,19 @@ pub fn here(linux: &Linux, runs: u32, json: bool) -> Result<()> {
     let guest = Guest {
         kernel,
         initrd: Some(initrd),
-        cmdline: linux.cmdline.clone(),
+        cmdline: linux.args.cmdline.clone(),
         memory_mib: REFERENCE_MEMORY_MIB,
+        pages: linux.args.pages.into(),
     };
     let mut all = Vec::new();
     // The first start reads the VMM's own file and is not counted.
     for run in 0..runs + 1 {
-        let started = start_vmm(&vmm, &guest, linux.marker.as_bytes())?;
+        let started = start_vmm(&vmm, &guest, linux.args.marker.as_bytes())?;
         if run > 0 {
             all.push(started);
         }
     }
-    if let Some(last) = all.last().filter(|_| linux.console) {
+    if let Some(last) = all.last().filter(|_| linux.args.console) {
         eprintln!("{}", last.output);
     }
     let samples: Vec<f64> = all.iter().map(|s| ms(s.elapsed)).collect();
@@ -255,8 +293,14 @@ pub fn lab(linux: &Linux, runs: u32, json: bool) -> Result<()> {
         .arg(&linux.kernel)
         .arg("--initrd")
         .arg(&linux.initrd);
-    command.args(["--cmdline", &linux.cmdline, "--marker", &linux.marker]);
-    if linux.console {
+    command.args(["--cmdline", &linux.args.cmdline, "--marker", &linux.args.marker]);
+    let pages = linux
+        .args
+        .pages
+        .to_possible_value()
+        .context("every value has a name")?;
+    command.arg("--pages").arg(pages.get_name());
+    if linux.args.console {
         command.arg("--console");
     }
     command.stderr(std::process::Stdio::inherit());

@@ -45,6 +45,8 @@ pub struct Guest {
     pub cmdline: String,
     /// Memory (MiB).
     pub memory_mib: u64,
+    /// The pages behind it.
+    pub pages: Pages,
 }
 
 /// A child that is killed and reaped when it is dropped, also on the way out of an error.
@@ -191,7 +193,7 @@ fn config(guest: &Guest) -> VmConfig {
         vcpus: 1,
         memory: MemoryConfig {
             bytes: guest.memory_mib << 20,
-            pages: Pages::Small,
+            pages: guest.pages,
         },
         kernel: KernelConfig {
             fd: FdSlot(1),

@@ -7,8 +7,6 @@ mod boot;
 mod driver;
 mod stats;
 
-use std::path::PathBuf;
-
 use clap::{Parser, Subcommand};
 
 /// Benchmarks of Shoal: boot latency for now.
@@ -48,29 +46,15 @@ struct BootArgs {
     /// Measured starts [default: 40 with --probe, 3 otherwise]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: Option<u32>,
-    /// The kernel of --lab and --here: an ELF vmlinux or a bzImage [default: the reference kernel of `make images`]
-    #[arg(long)]
-    kernel: Option<PathBuf>,
-    /// The initial RAM disk of --lab and --here [default: the reference one of `make images`]
-    #[arg(long)]
-    initrd: Option<PathBuf>,
-    /// The kernel's command line with --lab and --here [default: the reference one]
-    #[arg(long)]
-    cmdline: Option<String>,
-    /// The console output to wait for with --lab and --here
-    #[arg(long, default_value = "GUEST-UP")]
-    marker: String,
-    /// Prints what the guest of the last start wrote to its console up to the marker, to standard error
-    #[arg(long)]
-    console: bool,
+    #[command(flatten)]
+    linux: boot::LinuxArgs,
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Boot(args) if args.probe => boot::probe(args.runs.unwrap_or(40), args.json),
         Command::Boot(args) => {
-            let linux =
-                boot::Linux::resolve(args.kernel, args.initrd, args.cmdline, args.marker, args.console)?;
+            let linux = args.linux.resolve()?;
             let runs = args.runs.unwrap_or(3);
             if args.lab {
                 boot::lab(&linux, runs, args.json)

@@ -29,7 +29,7 @@ use crate::bus::{Bus, Window};
 use crate::config::ValidConfig;
 use crate::console;
 use crate::memory::{self, MemoryError};
-use crate::protocol::{PhysRange, Step};
+use crate::protocol::Step;
 use crate::shared::Shared;
 use crate::vcpu::{self, VcpuThread};
 
@@ -259,15 +259,11 @@ fn open_kvm(fd: OwnedFd) -> Result<Kvm, BuildError> {
 fn map_images(valid: &ValidConfig, env: &mut BuildEnv, memory: &GuestMemory) -> Result<(), BuildError> {
     let kernel = File::from(env.take(valid.config.kernel.fd)?);
     for range in &valid.config.kernel.layout.ranges {
-        memory::map_file(memory, "the kernel", &kernel, 0, *range)?;
+        memory::map_file(memory, "the kernel", &kernel, *range)?;
     }
     if let (Some(initrd), Some(at)) = (&valid.config.initrd, valid.initrd_at) {
         let file = File::from(env.take(initrd.fd)?);
-        let range = PhysRange {
-            start: at,
-            len: initrd.len.next_multiple_of(4096),
-        };
-        memory::map_file(memory, "the initial RAM disk", &file, at, range)?;
+        memory::copy_file(memory, "the initial RAM disk", &file, at, initrd.len)?;
     }
     Ok(())
 }

@@ -61,13 +61,7 @@ pub fn create(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
     let failed = |e: &dyn std::fmt::Display| MemoryError::Map(config.bytes >> 20, e.to_string());
     let mut regions = Vec::new();
     for range in ranges(config.bytes) {
-        let mapping = MmapRegion::<()>::build(
-            None,
-            range.len as usize,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-        )
-        .map_err(|e| failed(&e))?;
+        let mapping = reserve(range.len as usize).map_err(|e| failed(&e))?;
         advise(&mapping, config.pages);
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
             .ok_or_else(|| failed(&"it wraps around"))?;
@@ -78,19 +72,46 @@ pub fn create(config: &MemoryConfig) -> Result<GuestMemory, MemoryError> {
         .map_err(|e| failed(&e))
 }
 
+const HUGE_PAGE: usize = 2 << 20;
+const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
+const FLAGS: i32 = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+
+/// Reserves `len` bytes at a multiple of 2 MiB: KVM maps a huge page only where guest-physical and host-virtual
+/// addresses are aligned alike. What alignment costs stays inaccessible around it, as guard pages.
+///
+/// The reservation lasts as long as the process, which is as long as the guest; a build that fails leaves address
+/// space behind, no memory.
+fn reserve(len: usize) -> Result<MmapRegion<()>, String> {
+    let map = |at: *mut libc::c_void, len, access, flags| {
+        // SAFETY: a fresh mapping, or (MAP_FIXED) one inside of the fresh mapping below that nothing uses yet.
+        let p = unsafe { libc::mmap(at, len, access, flags, -1, 0) };
+        if p == libc::MAP_FAILED {
+            Err(io::Error::last_os_error().to_string())
+        } else {
+            Ok(p)
+        }
+    };
+    let around = map(std::ptr::null_mut(), len + HUGE_PAGE, libc::PROT_NONE, FLAGS)?;
+    let aligned = (around as usize).next_multiple_of(HUGE_PAGE) as *mut libc::c_void;
+    let at = map(aligned, len, ACCESS, FLAGS | libc::MAP_FIXED)?;
+    // SAFETY: `len` bytes at `at` were just mapped with these flags and are never unmapped.
+    unsafe { MmapRegion::build_raw(at.cast(), len, ACCESS, FLAGS) }.map_err(|e| e.to_string())
+}
+
 /// Advice is optional: a kernel without huge pages or core dumps refuses it and nothing is lost.
 fn advise(mapping: &MmapRegion<()>, pages: Pages) {
     let huge = match pages {
-        Pages::Small => libc::MADV_NOHUGEPAGE,
-        Pages::Transparent => libc::MADV_HUGEPAGE,
+        Pages::Host => None,
+        Pages::Small => Some(libc::MADV_NOHUGEPAGE),
+        Pages::Transparent => Some(libc::MADV_HUGEPAGE),
     };
-    for advice in [huge, libc::MADV_DONTDUMP] {
+    for advice in huge.into_iter().chain([libc::MADV_DONTDUMP]) {
         // SAFETY: the range is exactly the mapping, and neither advice changes its contents.
         unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
     }
 }
 
-/// Maps `range` of `file` (offset = guest-physical address - `base`) private over the guest's memory.
+/// Maps `range` of `file`, whose offsets are guest-physical addresses, private over the guest's memory.
 ///
 /// # Errors
 /// When the range is not RAM, or the kernel refuses the mapping.
@@ -98,7 +119,6 @@ pub fn map_file(
     memory: &GuestMemory,
     what: &'static str,
     file: &File,
-    base: u64,
     range: PhysRange,
 ) -> Result<(), MemoryError> {
     let outside = MemoryError::Outside {
@@ -128,7 +148,7 @@ pub fn map_file(
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
             file.as_raw_fd(),
-            (range.start - base) as libc::off_t,
+            range.start as libc::off_t,
         )
     };
     if mapped == libc::MAP_FAILED {
@@ -138,4 +158,50 @@ pub fn map_file(
     check(unsafe { libc::madvise(mapped, range.len as usize, libc::MADV_DONTDUMP) })
         .map(drop)
         .map_err(failed)
+}
+
+/// Copies `len` bytes of `file` to `at` in the guest's memory.
+///
+/// The initial RAM disk is copied, not mapped: the guest's kernel unpacks it, overwrites all of it and frees it, so
+/// that every mapped page would be copied all the same, one page fault at a time (in the lab 8 ms for 2 MiB).
+///
+/// # Errors
+/// When the range is not RAM, or the file is shorter.
+pub fn copy_file(
+    memory: &GuestMemory,
+    what: &'static str,
+    file: &File,
+    at: u64,
+    len: u64,
+) -> Result<(), MemoryError> {
+    let mut done = 0;
+    for slice in memory.get_slices(GuestAddress(at), len as usize) {
+        let slice = slice.map_err(|_| MemoryError::Outside { what, at })?;
+        let mut rest = slice;
+        while !rest.is_empty() {
+            let into = rest.ptr_guard_mut();
+            // SAFETY: the slice is `rest.len()` bytes of mapped guest memory. The position is given with each call: the
+            // descriptor's own is shared with every other guest that boots from this file.
+            let n = unsafe {
+                libc::pread(
+                    file.as_raw_fd(),
+                    into.as_ptr().cast(),
+                    rest.len(),
+                    done as libc::off_t,
+                )
+            };
+            let failed = |source| MemoryError::Place { what, at, source };
+            match n {
+                0 => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                n if n < 0 => return Err(failed(io::Error::last_os_error())),
+                n => {
+                    done += n as u64;
+                    rest = rest
+                        .offset(n as usize)
+                        .map_err(|_| MemoryError::Outside { what, at })?;
+                }
+            }
+        }
+    }
+    Ok(())
 }

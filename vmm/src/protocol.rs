@@ -236,10 +236,13 @@ pub struct MemoryConfig {
 /// Which pages lie behind the guest's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pages {
-    /// 4 KiB pages, whatever the host's setting for transparent huge pages. Densest.
+    /// As the host's administrator has set it for programs that say nothing
+    /// (`/sys/kernel/mm/transparent_hugepage/enabled`).
     #[default]
+    Host,
+    /// 4 KiB pages whatever the host's setting. Densest.
     Small,
-    /// Transparent huge pages where the host can (madvise).
+    /// Transparent huge pages where the host allows them. Fastest to boot: a fault brings 2 MiB.
     Transparent,
 }
 

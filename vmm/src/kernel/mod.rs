@@ -8,6 +8,7 @@
 
 mod bzimage;
 mod elf;
+mod initrd;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
+
+pub use initrd::load_initrd;
 
 use crate::arch::x86_64::layout::{GAP_START, HIGH_MEMORY, PAGE};
 use crate::protocol::{KernelLayout, PhysRange};
@@ -41,7 +44,7 @@ pub struct LoadedKernel {
 pub struct LoadedInitrd {
     /// Sealed; padded with zeros to whole pages.
     pub memfd: OwnedFd,
-    /// Length of the data (bytes).
+    /// Length of the data (bytes); of the unpacked archive when the file was a compressed one.
     pub len: u64,
 }
 
@@ -174,6 +177,7 @@ pub fn load(file: &File) -> Result<LoadedKernel, KernelError> {
     for s in &parsed.segments {
         copy(&source, s, &memfd)?;
     }
+    let ranges = without_gaps(ranges, &memfd).map_err(error("the kernel"))?;
     sys::seal(&memfd).map_err(error("the kernel"))?;
     let layout = KernelLayout {
         ranges,
@@ -184,33 +188,6 @@ pub fn load(file: &File) -> Result<LoadedKernel, KernelError> {
     Ok(LoadedKernel {
         memfd: memfd.into(),
         layout,
-    })
-}
-
-/// Loads an initial RAM disk.
-///
-/// # Errors
-/// When it is no regular file, empty, larger than [`MAX_INITRD`], or cannot be read.
-pub fn load_initrd(file: &File) -> Result<LoadedInitrd, KernelError> {
-    let len = regular_size(file, MAX_INITRD)?;
-    let error = |source| KernelError::Memfd {
-        what: "the initial RAM disk",
-        source,
-    };
-    let memfd = sys::memfd(c"shoal-initrd", len.next_multiple_of(PAGE)).map_err(error)?;
-    copy(
-        &Source { file, size: len },
-        &Segment {
-            file_offset: 0,
-            phys: 0,
-            len,
-        },
-        &memfd,
-    )?;
-    sys::seal(&memfd).map_err(error)?;
-    Ok(LoadedInitrd {
-        memfd: memfd.into(),
-        len,
     })
 }
 
@@ -251,6 +228,36 @@ fn copy(source: &Source<'_>, segment: &Segment, into: &File) -> Result<(), Kerne
         done += n;
     }
     Ok(())
+}
+
+/// A run of zeros at least this long (bytes) is left out.
+const GAP: u64 = 64 << 10;
+
+/// Cuts long runs of zeros out of `ranges`. Linux aligns its sections to 2 MiB and frees what lies between them: mapped
+/// from the file, those pages would cost each guest a fault and a copy to become the zeros that fresh memory has anyway.
+fn without_gaps(ranges: Vec<PhysRange>, memfd: &File) -> io::Result<Vec<PhysRange>> {
+    let mut kept: Vec<PhysRange> = Vec::new();
+    let mut block = vec![0; GAP as usize];
+    for range in ranges {
+        let end = range.start + range.len;
+        let mut at = range.start;
+        while at < end {
+            // Blocks end at multiples of their size, so that only a range's first and last one are shorter.
+            let len = (end - at).min(GAP - at % GAP);
+            let block = &mut block[..len as usize];
+            memfd.read_exact_at(block, at)?;
+            let full = kept.len() >= MAX_RANGES;
+            match kept.last_mut() {
+                _ if !full && len == GAP && block.iter().all(|b| *b == 0) => {}
+                Some(last) if last.start + last.len == at => last.len += len,
+                // Ranges are few: when they run out, the zeros stay in the last one.
+                Some(last) if full => last.len = at + len - last.start,
+                _ => kept.push(PhysRange { start: at, len }),
+            }
+            at += len;
+        }
+    }
+    Ok(kept)
 }
 
 /// The page-aligned ranges that hold all segments, sorted, those that touch joined.

@@ -221,6 +221,40 @@ fn an_initrd_is_padded_to_whole_pages() {
     assert_eq!(File::from(loaded.memfd).metadata().unwrap().len(), 8192);
 }
 
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn a_compressed_archive_is_unpacked_once_and_nothing_else_is() {
+    let archive = [&b"070701"[..], &[b'x'; 700_000]].concat();
+    let packed = gzip(&archive);
+    let unpacked = load_initrd(&file(&packed)).unwrap();
+    assert_eq!(unpacked.len, archive.len() as u64);
+    let mut got = vec![0; archive.len()];
+    File::from(unpacked.memfd).read_exact_at(&mut got, 0).unwrap();
+    assert!(got == archive);
+
+    let damaged = packed[..packed.len() - 9].to_vec();
+    let no_archive = gzip(&[7; 5000]);
+    let two = [&packed[..], b"070701 and another archive"].concat();
+    let bomb = gzip(&[&b"070701"[..], &vec![0; 257 << 20]].concat());
+    for (name, bytes) in [
+        ("damaged", damaged),
+        ("no archive", no_archive),
+        ("two", two),
+        ("bomb", bomb),
+    ] {
+        let loaded = load_initrd(&file(&bytes)).unwrap();
+        assert_eq!(loaded.len, bytes.len() as u64, "{name} is handed over as it is");
+        let mut got = vec![0; bytes.len()];
+        File::from(loaded.memfd).read_exact_at(&mut got, 0).unwrap();
+        assert!(got == bytes, "{name}");
+    }
+}
+
 #[test]
 fn rubbish_never_panics() {
     // A small generator, so that a failure can be repeated.
