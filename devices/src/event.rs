@@ -294,3 +294,7 @@ impl AsRawFd for EventLoop {
         self.epoll.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+#[path = "event_tests.rs"]
+mod tests;
