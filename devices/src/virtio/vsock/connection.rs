@@ -80,6 +80,8 @@ pub struct Connection {
     /// As much of `host_shutdown` as the guest knows.
     told_shutdown: u32,
     guest_shutdown: u32,
+    /// The stream has been told that the guest sends no more. Telling it again would be an event each time.
+    told_host: bool,
     /// From the guest, not yet taken by the host.
     buffer: VecDeque<u8>,
     /// Bytes to the guest; the guest's room and how much of it has become free. Modulo 2³².
@@ -108,6 +110,7 @@ impl Connection {
             host_shutdown: 0,
             told_shutdown: 0,
             guest_shutdown: 0,
+            told_host: false,
             buffer: VecDeque::new(),
             sent: 0,
             guest_alloc: 0,
@@ -292,8 +295,10 @@ impl Connection {
             return Err(Over);
         }
         if self.guest_shutdown & SHUTDOWN_SEND != 0
+            && !self.told_host
             && let Some(stream) = &self.stream
         {
+            self.told_host = true;
             // Fails when the host has closed its side already.
             let _ = stream.shutdown(Shutdown::Write);
         }

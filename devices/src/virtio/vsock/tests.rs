@@ -525,6 +525,28 @@ fn the_guest_closes_half_then_all() {
 }
 
 #[test]
+fn both_ends_close_and_the_guest_takes_no_notice() {
+    // The guest has given no buffers, so that it cannot be told; nothing may spin meanwhile.
+    let mut w = World::without_buffers();
+    w.give_buffers(1);
+    let host = w.connect_from_guest(1024, 5000);
+    w.send(
+        Header {
+            flags: SHUTDOWN_SEND,
+            ..World::header(Op::Shutdown, 1024, 5000)
+        },
+        &[],
+    );
+    (&host).write_all(b"unread").unwrap();
+    drop(host);
+    w.expect_nothing();
+    assert!(!w.b.turn_once(0), "nothing is ready any more");
+    w.give_buffers(3);
+    assert_eq!(w.receive().1, b"unread");
+    assert_eq!(w.expect(Op::Shutdown).flags, SHUTDOWN_BOTH);
+}
+
+#[test]
 fn greetings_are_limited() {
     let mut w = World::new();
     let all: Vec<_> = (0..table::MAX_GREETINGS + 10)
