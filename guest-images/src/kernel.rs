@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 /// The configuration fragment, part of this program.
 pub const FRAGMENT: &str = include_str!("../kernel/shoal.config");
+const REFERENCE: &str = include_str!("../kernel/reference.config");
 /// About how many files the build compiles: for the progress display only.
 const ABOUT_FILES: usize = 1150;
 /// Raised when the way of building changes, so that old results are not taken.
@@ -49,8 +50,35 @@ const CHANGES: [Change; 4] = [
         new: "#define ACPI_NUM_DEFAULT_SPACES         3",
     },
 ];
+/// Begins the names of the directories that are built in.
+const WORK_PREFIX: &str = ".kernel-build-";
 /// How much of a failed command's output an error shows, in bytes.
 const TAIL: usize = 800;
+
+/// Which kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flavour {
+    /// The kernel of Shoal's own image: [`FRAGMENT`] on top of `make tinyconfig`.
+    Shoal,
+    /// The kernel that boot figures are compared by: `kernel/reference.config`, the source unchanged.
+    Reference,
+}
+
+impl Flavour {
+    fn fragment(self) -> &'static str {
+        match self {
+            Self::Shoal => FRAGMENT,
+            Self::Reference => REFERENCE,
+        }
+    }
+
+    fn changes(self) -> &'static [Change] {
+        match self {
+            Self::Shoal => &CHANGES,
+            Self::Reference => &[],
+        }
+    }
+}
 
 /// A kernel in the cache.
 #[derive(Clone, Debug)]
@@ -70,26 +98,37 @@ pub trait Progress {
 }
 
 /// Gives the kernel of these inputs, building it when the cache has none.
-pub fn build(source: &Path, cache: &Path, progress: &mut dyn Progress) -> Result<Kernel, ImageError> {
+pub fn build(
+    flavour: Flavour,
+    source: &Path,
+    cache: &Path,
+    progress: &mut dyn Progress,
+) -> Result<Kernel, ImageError> {
     std::fs::create_dir_all(cache).map_err(ImageError::file("create", cache))?;
     let lock_path = cache.join("kernel.lock");
     let lock = File::create(&lock_path).map_err(ImageError::file("create", &lock_path))?;
     // Two at once: the second waits and finds the first one's result.
     lock.lock().map_err(ImageError::file("lock", &lock_path))?;
-    let directory = cache.join(format!("kernel-{}", key(source, cache)?));
+    let directory = cache.join(format!("kernel-{}", key(flavour, source, cache)?));
     if directory.is_dir() {
         return Ok(Kernel {
             directory,
             cached: true,
         });
     }
+    remove_leftovers(cache)?;
     let work = tempfile::Builder::new()
-        .prefix(".kernel-build-")
+        .prefix(WORK_PREFIX)
         .tempdir_in(cache)
         .map_err(ImageError::file("make a directory in", cache))?;
     let tree = work.path().join("linux");
     let log = cache.join("kernel-build.log");
-    let mut build = Build { tree, log, progress };
+    let mut build = Build {
+        flavour,
+        tree,
+        log,
+        progress,
+    };
     build.unpack(source)?;
     build.configure()?;
     build.compile()?;
@@ -102,11 +141,28 @@ pub fn build(source: &Path, cache: &Path, progress: &mut dyn Progress) -> Result
     })
 }
 
+/// Removes the gigabyte that a killed build left; the caller holds the lock, so nobody builds there.
+fn remove_leftovers(cache: &Path) -> Result<(), ImageError> {
+    for entry in std::fs::read_dir(cache)
+        .map_err(ImageError::file("read", cache))?
+        .flatten()
+    {
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(WORK_PREFIX.as_bytes())
+        {
+            std::fs::remove_dir_all(entry.path()).map_err(ImageError::file("remove", &entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
 /// The hash of the source's content, the fragment, the compiler and this recipe.
-fn key(source: &Path, cache: &Path) -> Result<String, ImageError> {
+fn key(flavour: Flavour, source: &Path, cache: &Path) -> Result<String, ImageError> {
     let mut hash = Sha256::new();
     hash.update(source_digest(source, cache)?);
-    hash.update(FRAGMENT);
+    hash.update(flavour.fragment());
     hash.update(compiler()?);
     hash.update(RECIPE.to_le_bytes());
     Ok(format!("{:x}", hash.finalize())[..16].to_owned())
@@ -168,6 +224,7 @@ impl Change {
 }
 
 struct Build<'a> {
+    flavour: Flavour,
     tree: PathBuf,
     log: PathBuf,
     progress: &'a mut dyn Progress,
@@ -184,21 +241,33 @@ impl Build<'_> {
             .args(["--strip-components=1", "-C"])
             .arg(&self.tree);
         self.run("tar", tar)?;
-        CHANGES.iter().try_for_each(|change| change.apply(&self.tree))
+        let changes = self.flavour.changes();
+        changes.iter().try_for_each(|change| change.apply(&self.tree))
     }
 
     fn configure(&mut self) -> Result<(), ImageError> {
         self.progress.step("configuring");
+        let wanted = self.flavour.fragment();
         let fragment = self.tree.join("shoal.config");
-        std::fs::write(&fragment, FRAGMENT).map_err(ImageError::file("write", &fragment))?;
-        let tiny = self.make(&["tinyconfig"]);
-        self.run("make tinyconfig", tiny)?;
-        let mut merge = Command::new("scripts/kconfig/merge_config.sh");
-        merge.args(["-n", ".config", "shoal.config"]);
-        self.run("merge_config.sh", merge)?;
+        std::fs::write(&fragment, wanted).map_err(ImageError::file("write", &fragment))?;
+        match self.flavour {
+            Flavour::Shoal => {
+                let tiny = self.make(&["tinyconfig"]);
+                self.run("make tinyconfig", tiny)?;
+                let mut merge = Command::new("scripts/kconfig/merge_config.sh");
+                merge.args(["-n", ".config", "shoal.config"]);
+                self.run("merge_config.sh", merge)?;
+            }
+            Flavour::Reference => {
+                let path = self.tree.join(".config");
+                std::fs::write(&path, wanted).map_err(ImageError::file("write", &path))?;
+                let rest = self.make(&["olddefconfig"]);
+                self.run("make olddefconfig", rest)?;
+            }
+        }
         let path = self.tree.join(".config");
         let config = std::fs::read_to_string(&path).map_err(ImageError::file("read", &path))?;
-        let lost = lost(FRAGMENT, &config);
+        let lost = lost(wanted, &config);
         if lost.is_empty() {
             Ok(())
         } else {
@@ -376,6 +445,20 @@ mod tests {
             );
         }
         assert!(seen.len() > 100);
+    }
+
+    #[test]
+    fn only_leftovers_of_builds_are_removed() {
+        let cache = tempfile::tempdir().unwrap();
+        for name in [".kernel-build-abc/linux", "kernel-0123456789abcdef"] {
+            std::fs::create_dir_all(cache.path().join(name)).unwrap();
+        }
+        remove_leftovers(cache.path()).unwrap();
+        let left: Vec<_> = std::fs::read_dir(cache.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["kernel-0123456789abcdef"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use shoal_images::kernel::{self, Progress};
+use shoal_images::kernel::{self, Flavour, Progress};
 use shoal_images::manifest::{self, Entry, Manifest};
 use shoal_images::tree::{ExtraFile, Ingredients, Tree};
 use shoal_images::{cache_directory, initramfs, rootfs};
@@ -28,6 +28,9 @@ enum Command {
     Kernel {
         #[command(flatten)]
         kernel: KernelArgs,
+        /// Build the reference kernel of the boot figures instead (kernel/reference.config)
+        #[arg(long)]
+        reference: bool,
         /// Copy the result into this directory; without it, its directory in the cache is printed
         #[arg(long)]
         out: Option<PathBuf>,
@@ -135,7 +138,7 @@ impl Progress for Console {
     }
 }
 
-fn kernel(arguments: &KernelArgs) -> Result<PathBuf> {
+fn kernel(flavour: Flavour, arguments: &KernelArgs) -> Result<PathBuf> {
     ensure!(
         arguments.source.is_file(),
         "there is no kernel source {}; scripts/deps.sh installs it (Debian's linux-source-6.1)",
@@ -145,7 +148,7 @@ fn kernel(arguments: &KernelArgs) -> Result<PathBuf> {
         terminal: std::io::stderr().is_terminal(),
         tenth: 0,
     };
-    Ok(kernel::build(&arguments.source, &cache_directory(), &mut console)?.directory)
+    Ok(kernel::build(flavour, &arguments.source, &cache_directory(), &mut console)?.directory)
 }
 
 /// Puts a whole new file in the place of an old one, so that a running guest keeps what it has open.
@@ -179,7 +182,7 @@ fn install_kernel(kernel: &Path, out: &Path) -> Result<()> {
 fn build(kernel_arguments: &KernelArgs, content: ContentArgs, out: &Path) -> Result<()> {
     let busybox = content.busybox.clone();
     let tree = content.tree()?;
-    install_kernel(&kernel(kernel_arguments)?, out)?;
+    install_kernel(&kernel(Flavour::Shoal, kernel_arguments)?, out)?;
     rootfs::write(&tree, &out.join("rootfs.erofs"))?;
     initramfs::write(&tree, &out.join("initramfs.cpio.gz"))?;
     initramfs::write(
@@ -241,9 +244,15 @@ fn run() -> Result<()> {
     match Cli::parse().command {
         Command::Kernel {
             kernel: arguments,
+            reference,
             out,
         } => {
-            let directory = kernel(&arguments)?;
+            let flavour = if reference {
+                Flavour::Reference
+            } else {
+                Flavour::Shoal
+            };
+            let directory = kernel(flavour, &arguments)?;
             match out {
                 Some(out) => install_kernel(&directory, &out),
                 None => {
