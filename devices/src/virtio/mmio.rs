@@ -307,8 +307,8 @@ impl MmioTransport {
             0x30 => return core.select_queue(value),
             0x20 => core.write_driver_features(value),
             0x38 => core.set_queue(|q| q.size = value),
-            // Taking a queue back is for the reset; drivers write zero here after it as well.
-            0x44 => value & 1 == 0 || core.set_queue(|q| q.ready = true),
+            // Drivers write zero here after a reset as well, when there is nothing to take back.
+            0x44 => core.set_queue(|q| q.ready = value & 1 == 1) || value & 1 == 0,
             0x80 => core.set_queue_address(QueueArea::Desc, false, value),
             0x84 => core.set_queue_address(QueueArea::Desc, true, value),
             0x90 => core.set_queue_address(QueueArea::Driver, false, value),

@@ -150,3 +150,19 @@ fn queue_positions_do_not_outlive_a_reset() {
         assert_eq!((0..5).map_while(|_| queue.used()).count(), 5);
     }
 }
+
+#[test]
+fn a_driver_may_set_a_queue_up_again_before_it_starts() {
+    let mut b = MmioBench::new(rng());
+    b.negotiate();
+    b.set_up_queue(0);
+    b.set(0x80, 0x5000);
+    assert_eq!(b.get(0x44), 1);
+    b.set(0x44, 0);
+    assert_eq!(b.get(0x44), 0);
+    b.set_up_queue(0);
+    b.set(0x70, 0xf);
+    assert_eq!(b.get(0x70), 0xf);
+    b.set(0x44, 0);
+    assert_eq!(b.get(0x44), 1, "not while it runs");
+}

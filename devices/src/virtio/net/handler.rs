@@ -95,7 +95,10 @@ impl NetHandler {
     /// The host has removed the interface: the guest sees the cable pulled, what it sends is dropped.
     fn lose_tap(&mut self, events: &mut Registrar<'_>) {
         (self.readable, self.busy) = (false, false);
+        // Fails only when the kernel has done so already.
         let _ = events.remove(&self.tap);
+        // What waited for the TAP is dropped now.
+        self.tx.rearm();
         self.link.lost.store(true, Ordering::SeqCst);
         if self.features & feature::STATUS != 0 {
             self.interrupt.signal_config();

@@ -31,7 +31,6 @@ pub struct VsockHandler {
     interrupt: Arc<dyn Interrupt>,
     hub: Hub,
     scratch: Scratch,
-    announce_reset: bool,
 }
 
 /// Reused from packet to packet.
@@ -47,7 +46,6 @@ impl VsockHandler {
         interrupt: Arc<dyn Interrupt>,
         [rx, tx, event]: [ActiveQueue; 3],
         hub: Hub,
-        announce_reset: bool,
     ) -> Self {
         let scratch = Scratch {
             buffers: Buffers::new(),
@@ -61,7 +59,6 @@ impl VsockHandler {
             interrupt,
             hub,
             scratch,
-            announce_reset,
         }
     }
 
@@ -112,7 +109,7 @@ impl VsockHandler {
     /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (virtio 1.2 §5.10.6.7), once there is a buffer for it.
     fn announce(&mut self) -> Result<(), HandlerError> {
         self.event.clear_notification();
-        if !self.announce_reset {
+        if !self.hub.announce_reset {
             return Ok(());
         }
         let memory = &*self.memory;
@@ -126,7 +123,7 @@ impl VsockHandler {
         let event = [0; 4];
         let written = self.scratch.buffers.collect(chain).is_ok()
             && copy_to(memory, self.scratch.buffers.writable(), 0, &event);
-        self.announce_reset = !written;
+        self.hub.announce_reset = !written;
         self.event
             .push_used(memory, head, if written { event.len() as u32 } else { 0 })?;
         if !written {

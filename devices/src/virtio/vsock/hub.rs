@@ -64,14 +64,16 @@ pub struct Hub {
     pub table: Table,
     /// Resets for the guest, which belong to no connection any more.
     pub resets: VecDeque<Header>,
+    /// The guest is to be told that all connections are gone: it does not know that it was saved and restored.
+    pub announce_reset: bool,
     timer: Timer,
     timer_at: Option<Instant>,
     buffered: usize,
 }
 
 impl Hub {
-    /// A hub without connections.
-    pub fn new(cid: u64, listener: OwnedFd, broker: OwnedFd) -> io::Result<Self> {
+    /// A hub without connections; those of an earlier machine are announced as gone when `announce_reset`.
+    pub fn new(cid: u64, listener: OwnedFd, broker: OwnedFd, announce_reset: bool) -> io::Result<Self> {
         let (listener, broker_listener) = (UnixListener::from(listener), UnixListener::from(broker));
         listener.set_nonblocking(true)?;
         broker_listener.set_nonblocking(true)?;
@@ -83,6 +85,7 @@ impl Hub {
             broker: None,
             table: Table::default(),
             resets: VecDeque::new(),
+            announce_reset,
             timer,
             timer_at: None,
             buffered: 0,
@@ -98,6 +101,7 @@ impl Hub {
     pub fn forget_connections(&mut self) {
         self.table = Table::default();
         self.resets.clear();
+        self.announce_reset = false;
         self.buffered = 0;
     }
 

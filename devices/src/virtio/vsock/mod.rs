@@ -85,15 +85,15 @@ impl DeviceSpec for VsockSpec {
             libc::SOCK_SEQPACKET,
             "a listening seqpacket socket",
         )?;
-        let hub = Hub::new(self.cid, listener, broker).map_err(|source| BuildError::Backend {
-            device: NAME,
-            what: "preparing its sockets and timer",
-            source,
-        })?;
+        let hub =
+            Hub::new(self.cid, listener, broker, saved.is_some()).map_err(|source| BuildError::Backend {
+                device: NAME,
+                what: "preparing its sockets and timer",
+                source,
+            })?;
         Ok(Box::new(Vsock {
             cid: self.cid,
             hub: Some(hub),
-            announce_reset: saved.is_some(),
         }))
     }
 }
@@ -119,8 +119,6 @@ struct Vsock {
     cid: u64,
     /// With the handler while the device is active.
     hub: Option<Hub>,
-    /// The guest is to be told that all connections are gone: it does not know that it was saved and restored.
-    announce_reset: bool,
 }
 
 impl VirtioDevice for Vsock {
@@ -147,13 +145,11 @@ impl VirtioDevice for Vsock {
             return Err(ActivateError::MissingQueue { needed: 3, got });
         };
         let hub = self.hub.take().ok_or(ActivateError::BackendGone)?;
-        let announce = std::mem::take(&mut self.announce_reset);
         Ok(Box::new(VsockHandler::new(
             memory,
             interrupt,
             [rx, tx, event],
             hub,
-            announce,
         )))
     }
 
@@ -164,7 +160,6 @@ impl VirtioDevice for Vsock {
     }
 
     fn reset(&mut self) {
-        self.announce_reset = false;
         if let Some(hub) = &mut self.hub {
             hub.forget_connections();
         }
