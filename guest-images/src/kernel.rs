@@ -482,7 +482,7 @@ mod tests {
     #[test]
     fn a_missing_source_is_named() {
         let cache = tempfile::tempdir().unwrap();
-        let error = key(Path::new("/nowhere/linux.tar.xz"), cache.path()).unwrap_err();
+        let error = key(Flavour::Shoal, Path::new("/nowhere/linux.tar.xz"), cache.path()).unwrap_err();
         assert_eq!(error.to_string(), "cannot read /nowhere/linux.tar.xz");
     }
 }

@@ -199,8 +199,8 @@ impl LinuxArgs {
                 Err(e) => bail!("{}: {e}; run `make images`, or name the file", path.display()),
             }
         };
-        let kernel = pick(&self.kernel, "reference-vmlinux")?;
-        let initrd = pick(&self.initrd, "reference-initramfs.gz")?;
+        let kernel = pick(&self.kernel, "reference/vmlinux")?;
+        let initrd = pick(&self.initrd, "reference/initramfs.gz")?;
         Ok(Linux {
             args: self,
             kernel,

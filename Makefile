@@ -1,0 +1,68 @@
+# Shoal: `make demo` boots a guest, `make test` runs every test; each is enough by itself on a fresh machine.
+# The work is done by cargo and by the scripts in scripts/; this file only names it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := build/bin
+IMAGES := build/images
+
+## help          list the targets
+.PHONY: help
+help:
+	@echo "Shoal: microVMs on one host. Targets:"
+	@sed -n 's/^## \(.*\)/  \1/p' $(MAKEFILE_LIST)
+
+## deps          check for missing packages and tools; install them as root, else print the line to type
+.PHONY: deps
+deps:
+	@scripts/deps.sh
+
+## build         all programs, static, into build/bin
+.PHONY: build
+build: deps
+	@scripts/build.sh
+
+## images        guest kernel, root file system, probe and reference guests, into build/images (the kernel is cached)
+.PHONY: images
+images: build
+	@scripts/images.sh
+
+## demo          boot a guest over HTTP on a Unix socket: its console, its boot timeline, its memory
+.PHONY: demo
+demo: images
+	@scripts/demo.sh
+
+## test          every test: units, /dev/kvm, Linux guests in the lab, fuzz targets for a few seconds each
+.PHONY: test
+test: images
+	@scripts/test.sh
+
+## test-jail     try to break out of the jail, one line for each attempt
+.PHONY: test-jail
+test-jail: build
+	@jailer/test-jail.sh $(BIN)/shoal-escape
+
+## lint          rustfmt and clippy, warnings denied
+.PHONY: lint
+lint:
+	@scripts/deps.sh --lint
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+## fuzz          the fuzz targets, SECONDS each (60)
+.PHONY: fuzz
+fuzz: deps
+	@scripts/fuzz.sh $${SECONDS_EACH:-60}
+
+## bench         boot latency on this machine's /dev/kvm and in the lab
+.PHONY: bench
+bench: images
+	@$(BIN)/shoal-perf boot --probe
+	@$(BIN)/shoal-perf boot --lab
+
+## clean         remove build/ and target/ (the kernel's cache stays)
+.PHONY: clean
+clean:
+	rm -rf build target fuzz/target
