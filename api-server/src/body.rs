@@ -116,13 +116,11 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         Err(error) => error,
     };
     let (path, error) = error;
-    let field = (!path.is_empty() && path != ".").then_some(path);
-    Err(if error.is_data() {
-        unusable(error.to_string())
-    } else {
-        malformed(&error)
-    }
-    .field(field))
+    Err(match error.is_data() {
+        true => unusable(error.to_string()).field((path != "." && !path.is_empty()).then_some(path)),
+        // Where the text broke off is told by line and column; the path there is no field's.
+        false => malformed(&error),
+    })
 }
 
 fn unusable(detail: impl Into<String>) -> ApiError {

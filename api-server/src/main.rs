@@ -22,7 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Guests outlive the daemon: when it is started again with the same state directory, it finds and takes over those
 /// that still run. SIGTERM and SIGINT end it after the requests at hand were answered.
 #[derive(Debug, Parser)]
-#[command(name = "shoald", version, max_term_width = 100, after_help = EXAMPLE)]
+#[command(name = "shoald", version, max_term_width = 100, args_override_self = true, after_help = EXAMPLE)]
 struct Arguments {
     /// The Unix socket to serve.
     #[arg(long, value_name = "PATH", env = "SHOAL_SOCKET")]

@@ -14,6 +14,7 @@ use crate::error::{HostError, chain};
 use crate::images::Images;
 use crate::launcher::Launcher;
 use crate::link::Link;
+use crate::log::{LogKeeper, tail};
 use crate::paths::GuestDir;
 use crate::process::{Ended, Process};
 use crate::resources::{self, Prepared};
@@ -180,8 +181,9 @@ impl Actor {
             Ok((link, vsock, disks)) => {
                 if let Some(process) = process {
                     self.record.process = Some(process.id().clone());
+                    let log = LogKeeper::of(&self.dir);
                     let grace = self.shared.config.kill_grace;
-                    self.running = Some(Running::new(process, link, vsock, disks, grace));
+                    self.running = Some(Running::new(process, link, vsock, disks, log, grace));
                 }
                 self.change("start", Change::Started).await.inspect_err(|_| {
                     // Nobody would know of it after a restart of the daemon.
@@ -259,10 +261,7 @@ impl Actor {
         };
         let timeout = self.shared.config.start_timeout;
         let log = self.dir.log();
-        let failed = |how: String| HostError::StartFailed {
-            how,
-            log: last_words(&log),
-        };
+        let failed = |how: String| HostError::StartFailed { how, log: tail(&log) };
         match tokio::time::timeout(timeout, answer).await {
             Ok(Err(HostError::Link(_))) => {
                 // It has hung up, so it is about to end, or gets no time to think about it.
@@ -377,13 +376,6 @@ pub(crate) fn exit_record(path: &Path) -> Option<ExitReason> {
         .ok()
         .filter(|bytes| bytes.len() <= 4096)
         .and_then(|b| ExitReason::from_record(&b))
-}
-
-/// The end of a VMM's log.
-fn last_words(path: &Path) -> String {
-    let bytes = std::fs::read(path).unwrap_or_default();
-    let tail = &bytes[bytes.len().saturating_sub(1000)..];
-    String::from_utf8_lossy(tail).trim().to_owned()
 }
 
 /// Whether a record's guest may have a VMM. Used at the daemon's start only.

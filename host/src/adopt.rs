@@ -10,6 +10,7 @@ use shoal_vmm::protocol::Reply;
 use crate::actor::{Actor, Handle, Shared, exit_record, may_live, settled};
 use crate::error::{OpenError, chain};
 use crate::link::{Link, connect_to, put_down};
+use crate::log::{self, LogKeeper};
 use crate::paths::{GuestDir, StateDir};
 use crate::process::{Ended, Process};
 use crate::resources;
@@ -60,7 +61,14 @@ async fn adopt(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) -> Opt
                 .for_each(|s| record.stamps.vmm(s.step, s.at_ns));
             let vsock = resources::reopen_vsock(&record.spec, dir);
             let disks = resources::note_disks(&record.id, &record.spec, shared);
-            let mut running = Running::new(process, link, vsock, disks, shared.config.kill_grace);
+            let mut running = Running::new(
+                process,
+                link,
+                vsock,
+                disks,
+                LogKeeper::of(dir),
+                shared.config.kill_grace,
+            );
             if record.state == State::Stopping {
                 // How much of the deadline was left is not known.
                 running.stop(PATIENCE);
@@ -78,7 +86,8 @@ async fn adopt(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) -> Opt
 
 /// The VMM is gone or never came to run the guest.
 async fn bury(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) {
-    if !put_down(&dir.control(), shared.config.kill_grace).await {
+    let told = put_down(&dir.control(), shared.config.kill_grace).await;
+    if !(told && log::await_end(&dir.log(), PATIENCE).await) {
         tracing::error!(guest = %record.id, "a VMM without a record does not end");
     }
     dir.remove_sockets();
@@ -101,6 +110,7 @@ pub(crate) async fn remove_orphans(state: &StateDir, known: &HashSet<String>) ->
         let dir = state.guest(&name);
         tracing::warn!(path = ?dir.path(), "removing what belongs to no guest");
         put_down(&dir.control(), PATIENCE).await;
+        log::await_end(&dir.log(), PATIENCE).await;
         dir.remove().map_err(OpenError::io("removing", dir.path()))?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::error::HostError;
 use crate::view::GuestView;
-use crate::watch::DirWatch;
+use crate::watch::Watch;
 
 /// Most bytes of one chunk of the stream.
 const CHUNK: usize = 64 << 10;
@@ -31,7 +31,7 @@ pub struct ConsoleReader {
     path: PathBuf,
     ring: Option<Ring>,
     offset: u64,
-    changes: DirWatch,
+    changes: Watch,
     view: watch::Receiver<Arc<GuestView>>,
 }
 
@@ -50,7 +50,7 @@ impl ConsoleReader {
         view: watch::Receiver<Arc<GuestView>>,
     ) -> Result<Self, HostError> {
         let dir = path.parent().unwrap_or(path);
-        let changes = DirWatch::new(dir).map_err(HostError::io("watching", dir))?;
+        let changes = Watch::new(dir).map_err(HostError::io("watching", dir))?;
         Ok(Self {
             path: path.to_owned(),
             ring: None,

@@ -1,7 +1,7 @@
 //! The fleet.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -16,6 +16,7 @@ use crate::disk::DiskUsers;
 use crate::error::{HostError, OpenError};
 use crate::images::Images;
 use crate::launcher::Launcher;
+use crate::lock::lock_within;
 use crate::memory::{self, MemoryFigures};
 use crate::paths::{SOCKET_PATH, StateDir};
 use crate::running::Answer;
@@ -61,7 +62,7 @@ impl Host {
             source,
         })?;
         let state = prepare_state_dir(&config.state_dir)?;
-        let lock = take_lock(&state, &config.state_dir)?;
+        let lock = take_lock(&state, &config.state_dir).await?;
         let (store, records) = Store::open(&state.database())?;
         let images = Images::new(config.image_cache_bytes);
         let shared = Arc::new(Shared {
@@ -355,7 +356,11 @@ fn prepare_state_dir(path: &Path) -> Result<StateDir, OpenError> {
     Ok(state)
 }
 
-fn take_lock(state: &StateDir, dir: &Path) -> Result<File, OpenError> {
+/// How long another daemon may take to let go of the directory. One that was killed in the middle of starting a VMM
+/// holds it until that process has got as far as its exec.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+async fn take_lock(state: &StateDir, dir: &Path) -> Result<File, OpenError> {
     let path = state.lock();
     let file = OpenOptions::new()
         .create(true)
@@ -363,13 +368,8 @@ fn take_lock(state: &StateDir, dir: &Path) -> Result<File, OpenError> {
         .mode(0o600)
         .open(&path);
     let file = file.map_err(OpenError::io("opening", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(dir.to_owned())),
-        Err(TryLockError::Error(source)) => Err(OpenError::Io {
-            what: "locking",
-            path,
-            source,
-        }),
-    }
+    let locked = lock_within(file, LOCK_PATIENCE)
+        .await
+        .map_err(OpenError::io("locking", &path))?;
+    locked.ok_or_else(|| OpenError::Locked(dir.to_owned()))
 }

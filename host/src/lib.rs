@@ -45,6 +45,8 @@ mod host;
 mod images;
 mod launcher;
 mod link;
+mod lock;
+mod log;
 mod memory;
 mod paths;
 mod process;

@@ -19,6 +19,7 @@ use crate::actor::Shared;
 use crate::disk::{self, DiskUse};
 use crate::error::{HostError, chain};
 use crate::link::listen_at;
+use crate::log;
 use crate::paths::{self, GuestDir};
 use crate::spec::{FIRST_CID, GuestSpec};
 use crate::vsock::{self, VsockService, Word};
@@ -109,8 +110,7 @@ pub(crate) fn prepare(
     };
     paths::remove(&dir.exit_record());
     let exit_record = file(dir.exit_record(), OpenOptions::new().write(true))?;
-    let log = file(dir.log(), OpenOptions::new().append(true))?;
-    log.set_len(0).map_err(HostError::io("emptying", &dir.log()))?;
+    let log = log::open(&dir.log()).map_err(HostError::io("opening for a new VMM", &dir.log()))?;
     let config = VmConfig {
         guest_id: id.to_owned(),
         kvm,

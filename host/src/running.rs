@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use crate::disk::DiskUse;
 use crate::error::HostError;
 use crate::link::Link;
+use crate::log::LogKeeper;
 use crate::process::{Ended, Process};
 use crate::state::StopReason;
 use crate::vsock::{VsockService, Word};
@@ -51,6 +52,7 @@ pub(crate) struct Running {
     vsock: Option<VsockService>,
     words: mpsc::Receiver<Word>,
     _disks: Vec<DiskUse>,
+    log: Option<LogKeeper>,
     exit: Option<ExitReason>,
     force: Force,
     kill_grace: Duration,
@@ -63,6 +65,7 @@ impl Running {
         link: Link,
         vsock: Option<(VsockService, mpsc::Receiver<Word>)>,
         disks: Vec<DiskUse>,
+        log: Option<LogKeeper>,
         kill_grace: Duration,
     ) -> Self {
         let (vsock, words) = match vsock {
@@ -76,6 +79,7 @@ impl Running {
             vsock,
             words,
             _disks: disks,
+            log,
             exit: None,
             force: Force::No,
             kill_grace,
@@ -89,6 +93,7 @@ impl Running {
                 process,
                 link,
                 words,
+                log,
                 force,
                 ..
             } = self;
@@ -108,6 +113,7 @@ impl Running {
                     return Happened::Ended(ended);
                 }
                 Some(word) = words.recv() => return Happened::Word(word),
+                () = keep(log.as_ref()) => {}
                 () = sleep_until(deadline) => self.force_on(),
             }
         }
@@ -225,6 +231,13 @@ async fn receive(link: Option<&Link>) -> Result<Message, ()> {
                 tracing::warn!(%error, "the control connection to a VMM is lost");
             }
         }),
+        None => std::future::pending().await,
+    }
+}
+
+async fn keep(log: Option<&LogKeeper>) {
+    match log {
+        Some(log) => log.keep().await,
         None => std::future::pending().await,
     }
 }

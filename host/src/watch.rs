@@ -1,4 +1,4 @@
-//! Watches a directory for changes of the files in it (inotify).
+//! Watches a file, or the files of a directory, for changes (inotify).
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -11,17 +11,17 @@ use tokio::io::unix::AsyncFd;
 
 use crate::async_fd;
 
-/// A directory that is watched.
+/// A file or directory that is watched.
 #[derive(Debug)]
-pub(crate) struct DirWatch(AsyncFd<OwnedFd>);
+pub(crate) struct Watch(AsyncFd<OwnedFd>);
 
-impl DirWatch {
-    /// Watches files of `dir` being made and written.
-    pub fn new(dir: &Path) -> io::Result<Self> {
+impl Watch {
+    /// Watches a file being written, or files of a directory being made and written.
+    pub fn new(path: &Path) -> io::Result<Self> {
         let fd = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         inotify::add_watch(
             &fd,
-            dir,
+            path,
             inotify::WatchFlags::MODIFY | inotify::WatchFlags::CREATE,
         )?;
         Ok(Self(async_fd::register(fd, Interest::READABLE)?))
