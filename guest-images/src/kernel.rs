@@ -105,16 +105,22 @@ pub fn build(
     progress: &mut dyn Progress,
 ) -> Result<Kernel, ImageError> {
     std::fs::create_dir_all(cache).map_err(ImageError::file("create", cache))?;
+    let directory = cache.join(format!("kernel-{}", key(flavour, source, cache)?));
+    let cached = || {
+        directory.is_dir().then(|| Kernel {
+            directory: directory.clone(),
+            cached: true,
+        })
+    };
+    if let Some(kernel) = cached() {
+        return Ok(kernel);
+    }
     let lock_path = cache.join("kernel.lock");
     let lock = File::create(&lock_path).map_err(ImageError::file("create", &lock_path))?;
     // Two at once: the second waits and finds the first one's result.
     lock.lock().map_err(ImageError::file("lock", &lock_path))?;
-    let directory = cache.join(format!("kernel-{}", key(flavour, source, cache)?));
-    if directory.is_dir() {
-        return Ok(Kernel {
-            directory,
-            cached: true,
-        });
+    if let Some(kernel) = cached() {
+        return Ok(kernel);
     }
     remove_leftovers(cache)?;
     let work = tempfile::Builder::new()
