@@ -18,7 +18,8 @@ clean_up() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+if [ -t 1 ]; then bold='\033[1m' plain='\033[0m'; else bold='' plain=''; fi
+say() { printf "\n$bold%s$plain\n" "$*"; }
 # Reads lines from standard input until one holds $1.
 wait_for() {
     while read -r line; do
@@ -38,7 +39,7 @@ wait_for ready <&3
 cat <&3 > "$dir/daemon.log" &
 
 say "shoal run --timeline -- sh -c '…'      # console of a guest that works and powers off"
-shoal run --timeline -- sh -c 'echo "hello from $(uname -srm) on $(nproc) vCPU, $(free -m | sed -n "s/^Mem: *\([0-9]*\).*/\1/p") MiB"; ls /'
+shoal run --timeline -- sh -c 'echo hello from $(uname -srm) on $(nproc) vCPU; free -m; ls /'
 
 say "shoal run --detach --name idle -- sleep 600      # and what an idle guest costs"
 shoal run --detach --name idle -- sleep 600 > /dev/null

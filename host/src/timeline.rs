@@ -66,6 +66,7 @@ fn name(step: Step) -> String {
         Step::DriverOk(device) => format!("driver-ok-{device}"),
         Step::Mark(mark::INIT) => "init".into(),
         Step::Mark(mark::WORKLOAD) => "workload".into(),
+        Step::Mark(mark::WORKLOAD_ENDED) => "workload-ended".into(),
         Step::Mark(n) => format!("mark-{n}"),
     }
 }

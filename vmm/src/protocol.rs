@@ -162,6 +162,8 @@ pub mod mark {
     pub const INIT: u8 = 1;
     /// The workload is about to be started.
     pub const WORKLOAD: u8 = 2;
+    /// The workload has ended.
+    pub const WORKLOAD_ENDED: u8 = 3;
 }
 
 /// A step and its time.

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Every test. Closes with one line: N passed, N failed, N skipped. What runs where:
+#   - unit and integration tests on this machine, with /dev/kvm where it works (bare-metal guests do everywhere);
+#   - Linux guests in the lab, all in one start of it;
+#   - the fuzz targets, a few seconds each.
+# A test that cannot run here prints `SKIP: name: reason` and is counted as skipped.
+set -eu -o pipefail
+cd "$(dirname "$0")/.."
+lab=$PWD/build/bin/shoal-lab
+export SHOAL_BIN_DIR=$PWD/build/bin SHOAL_IMAGES=$PWD/build/images
+mkdir -p build
+log=build/test.log
+: > "$log"
+broken=
+
+# A step's output goes to the terminal and the log; that it failed is remembered, so that the others still run.
+step() { # NAME COMMAND…
+    local name=$1
+    shift
+    echo "== $name" | tee -a "$log"
+    "$@" 2>&1 | tee -a "$log" || { broken="$broken, $name"; }
+}
+
+step "tests on this machine" cargo test --release --workspace --no-fail-fast -- --show-output
+scripts/test-images.sh
+scripts/build-tests.sh
+step "Linux guests in the lab" "$lab" test --timeout 1200 build/tests/guests
+step "fuzz targets" scripts/fuzz.sh "${FUZZ_SECONDS:-5}"
+
+skipped=$(grep -h '^SKIP: ' "$log" | sort -u || true)
+[ -z "$skipped" ] || printf '== skipped\n%s\n' "$skipped"
+echo "== all tests"
+if [ -n "$broken" ]; then
+    echo "failed steps:${broken#,}"
+fi
+"$lab" tally < "$log"
+[ -z "$broken" ]
