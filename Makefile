@@ -24,7 +24,7 @@ deps:
 build: deps
 	@scripts/build.sh
 
-## images        guest kernel, root file system, probe and reference guests, into build/images (the kernel is cached)
+## images        guest kernel, root file system and probe guests, into build/images (the kernel is cached)
 .PHONY: images
 images: build
 	@scripts/images.sh
@@ -58,7 +58,8 @@ fuzz: deps
 
 ## bench         boot latency on this machine's /dev/kvm and in the lab
 .PHONY: bench
-bench: images
+bench: build
+	@scripts/images.sh --reference
 	@$(BIN)/shoal-perf boot --probe
 	@$(BIN)/shoal-perf boot --lab
 

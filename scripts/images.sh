@@ -1,11 +1,13 @@
 #!/bin/bash
-# Builds the guests into build/images: Shoal's own image, the probe guests, and the reference guest of the boot figures.
+# Builds guests into build/images: Shoal's own image and the probe guests; with --reference also the reference kernel and
+# initramfs of the boot figures (another kernel to compile, the first time).
 set -eu
 cd "$(dirname "$0")/.."
-bin=build/bin
+images=build/bin/shoal-images
 out=build/images
 
-"$bin/shoal-images" build --out "$out"
-# Names that a program looks for, beside the image's own.
-"$bin/shoal-images" kernel --reference --out "$out/reference"
-"$bin/shoal-images" initramfs --reference --out "$out/reference/initramfs.gz"
+"$images" build --out "$out"
+if [ "${1:-}" = --reference ]; then
+    "$images" kernel --reference --out "$out/reference"
+    "$images" initramfs --reference --out "$out/reference/initramfs.gz"
+fi

@@ -141,10 +141,10 @@ fn tempfile_with(bytes: &[u8]) -> Result<File> {
 /// What a Linux guest is booted from, and how its boot is seen to be done.
 #[derive(clap::Args)]
 pub struct LinuxArgs {
-    /// The kernel of --lab and --here: an ELF vmlinux or a bzImage [default: the reference kernel of `make images`]
+    /// The kernel of --lab and --here: an ELF vmlinux or a bzImage [default: the reference kernel of `make bench`]
     #[arg(long)]
     kernel: Option<PathBuf>,
-    /// The initial RAM disk of --lab and --here [default: the reference one of `make images`]
+    /// The initial RAM disk of --lab and --here [default: the reference one of `make bench`]
     #[arg(long)]
     initrd: Option<PathBuf>,
     /// The kernel's command line with --lab and --here
@@ -189,14 +189,14 @@ pub struct Linux {
 }
 
 impl LinuxArgs {
-    /// Finds the files: the given ones, else the reference ones of `make images`.
+    /// Finds the files: the given ones, else the reference ones of `make bench`.
     pub fn resolve(self) -> Result<Linux> {
         let folder = sibling("shoal-vmm")?.with_file_name("../images");
         let pick = |given: &Option<PathBuf>, name: &str| {
             let path = given.clone().unwrap_or_else(|| folder.join(name));
             match path.canonicalize() {
                 Ok(path) => Ok(path),
-                Err(e) => bail!("{}: {e}; run `make images`, or name the file", path.display()),
+                Err(e) => bail!("{}: {e}; run `scripts/images.sh --reference`, or name the file", path.display()),
             }
         };
         let kernel = pick(&self.kernel, "reference/vmlinux")?;
