@@ -133,7 +133,11 @@ impl Vmm {
     /// Stops vCPUs first, so that nothing new comes, then lets the devices drain, then tells.
     fn finish(&mut self, reason: &ExitReason) {
         if let Some(machine) = &mut self.machine {
-            machine.stop_vcpus();
+            let (event_loop, mut ignored) = (&mut self.event_loop, Vec::new());
+            machine.stop_vcpus(|| {
+                // Requests and connections can wait; a loop that fails here fails for the handlers, too.
+                let _ = event_loop.run_once(-1, &mut ignored);
+            });
             machine.flush_console();
         }
         drop(self.event_loop.stop_all());

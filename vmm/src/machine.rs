@@ -177,13 +177,16 @@ impl Machine {
             rest,
             threads: Vec::new(),
         };
-        for (index, vcpu) in vcpus.into_iter().enumerate() {
+        // The boot vCPU comes last: until it runs, the others wait for its start-up message, and when a thread cannot
+        // be made the guest has done nothing yet.
+        for (index, vcpu) in vcpus.into_iter().enumerate().rev() {
             let thread = VcpuThread::spawn(index as u8, vcpu, running.bus.clone(), running.shared.clone());
             match thread {
                 Ok(thread) => running.threads.push(thread),
                 Err(e) => {
                     running.shared.end(crate::protocol::ExitReason::Killed);
-                    running.stop_vcpus();
+                    // No vCPU waits for the loop: the guest has not executed an instruction.
+                    running.stop_vcpus(std::thread::yield_now);
                     return Err(io("starting a vCPU's thread")(e));
                 }
             }
@@ -236,10 +239,14 @@ impl Running {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Stops the vCPUs for good. [`Shared::end`] must have been called.
-    pub fn stop_vcpus(&mut self) {
+    /// Stops the vCPUs for good. [`Shared::end`] must have been called. A vCPU may be waiting for the event loop to stop
+    /// a device's handler: `serve` is called until all threads have left the guest, and must serve the loop once.
+    pub fn stop_vcpus(&mut self, mut serve: impl FnMut()) {
         debug_assert!(self.shared.is_ending());
         self.threads.iter().for_each(VcpuThread::kick);
+        while self.shared.vcpus_running() > 0 {
+            serve();
+        }
         self.threads.drain(..).for_each(VcpuThread::join);
     }
 }

@@ -1,7 +1,7 @@
 //! What a VMM's threads share: the timeline, and why the guest ended.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use shoal_devices::event::LoopHandle;
 
@@ -15,6 +15,7 @@ pub struct Shared {
     /// How many stamps the host has been told of already.
     told: Mutex<usize>,
     ending: AtomicBool,
+    vcpus: AtomicUsize,
     reason: Mutex<Option<ExitReason>>,
     event_loop: LoopHandle,
 }
@@ -32,6 +33,7 @@ impl Shared {
             told: Mutex::new(0),
             timeline: Mutex::new(timeline),
             ending: AtomicBool::new(false),
+            vcpus: AtomicUsize::new(0),
             reason: Mutex::new(None),
             event_loop,
         }
@@ -81,6 +83,22 @@ impl Shared {
     /// Whether the guest is ending: vCPU threads must not enter it again.
     pub fn is_ending(&self) -> bool {
         self.ending.load(Ordering::Acquire)
+    }
+
+    /// A vCPU thread is about to be started.
+    pub fn vcpu_starts(&self) {
+        self.vcpus.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A vCPU thread has left the guest for good, or could not be started.
+    pub fn vcpu_ended(&self) {
+        self.vcpus.fetch_sub(1, Ordering::AcqRel);
+        self.event_loop.wake();
+    }
+
+    /// How many vCPU threads may still touch the machine.
+    pub fn vcpus_running(&self) -> usize {
+        self.vcpus.load(Ordering::Acquire)
     }
 
     /// Why the guest ended, if it has.

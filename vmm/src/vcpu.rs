@@ -48,15 +48,19 @@ impl VcpuThread {
     /// When no thread can be made.
     pub fn spawn(index: u8, mut vcpu: VcpuFd, bus: Arc<Bus>, shared: Arc<Shared>) -> io::Result<Self> {
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
+        shared.vcpu_starts();
+        let of_thread = shared.clone();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
                 if index == 0 {
-                    shared.stamp(Step::FirstInstruction);
+                    of_thread.stamp(Step::FirstInstruction);
                 }
-                run(&mut vcpu, &bus, &shared);
+                run(&mut vcpu, &bus, &of_thread);
+                of_thread.vcpu_ended();
                 vcpu
-            })?;
+            });
+        let thread = thread.inspect_err(|_| shared.vcpu_ended())?;
         Ok(Self {
             thread,
             immediate_exit,
