@@ -129,6 +129,8 @@ fn image(folder: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
             program.parent().unwrap_or(Path::new("/")).join("../images")
         }
     };
+    // `bin/../images` reads better without the detour; a folder that is missing is told by its name below.
+    let folder = folder.canonicalize().unwrap_or(folder);
     let files = (folder.join("vmlinux"), folder.join("rootfs.erofs"));
     for file in [&files.0, &files.1] {
         if !file.exists() {

@@ -19,7 +19,7 @@ use crate::paths::GuestDir;
 use crate::process::{Ended, Process};
 use crate::resources::{self, Prepared};
 use crate::running::{Answer, Happened, Running};
-use crate::state::{Change, State, StopReason};
+use crate::state::{Change, StopReason};
 use crate::store::{Record, Store};
 use crate::timeline::Stamps;
 use crate::view::GuestView;
@@ -376,19 +376,4 @@ pub(crate) fn exit_record(path: &Path) -> Option<ExitReason> {
         .ok()
         .filter(|bytes| bytes.len() <= 4096)
         .and_then(|b| ExitReason::from_record(&b))
-}
-
-/// Whether a record's guest may have a VMM. Used at the daemon's start only.
-pub(crate) fn may_live(record: &Record) -> bool {
-    record.state.is_live()
-}
-
-/// A live record's state when its VMM is gone, or was put down in the middle of its start.
-pub(crate) fn settled(state: &State, reason: StopReason) -> State {
-    let interrupted = "the daemon ended while the guest was being started; the start was undone";
-    let change = match state {
-        State::Starting => Change::StartFailed(interrupted.into()),
-        _ => Change::Ended(reason),
-    };
-    state.after(change).unwrap_or_else(|| state.clone())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use shoal_vmm::protocol::Reply;
 
-use crate::actor::{Actor, Handle, Shared, exit_record, may_live, settled};
+use crate::actor::{Actor, Handle, Shared, exit_record};
 use crate::error::{OpenError, chain};
 use crate::link::{Link, connect_to, put_down};
 use crate::log::{self, LogKeeper};
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Takes over one guest: its VMM if it lives, else the record of its end.
 pub(crate) async fn guest(shared: Arc<Shared>, dir: GuestDir, mut record: Record) -> Handle {
     let mut running = None;
-    if may_live(&record) {
+    if record.state.is_live() {
         running = adopt(&shared, &dir, &mut record).await;
         if running.is_none() {
             bury(&shared, &dir, &mut record).await;
@@ -93,7 +93,7 @@ async fn bury(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) {
     dir.remove_sockets();
     record.process = None;
     let reason = exit_record(&dir.exit_record()).map_or(StopReason::Lost, StopReason::from);
-    record.state = settled(&record.state, reason);
+    record.state = record.state.settled(reason);
 }
 
 /// Removes the directories of guests that nobody remembers, and ends VMMs that may still be there.

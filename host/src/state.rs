@@ -1,13 +1,13 @@
 //! The states of a guest, and the one place that changes them.
 //!
 //! ```text
-//!             Start             Started            StopAsked
-//!  created ──────────▶ starting ───────▶ running ───────────▶ stopping
-//!     ▲ restart          │  │ StartFailed   │ Ended               │ Ended
-//!     │                  │  ▼               ▼                     ▼
-//!     │      Interrupted │ failed        stopped ◀────────────────┘
-//!     │                  ▼  │               │
-//!     └─ (Start) ───── failed ◀─ ─ ─ ─ ─ ─ ─┘ Start again: starting
+//!            Start            Started           StopAsked
+//!  created ────────▶ starting ────────▶ running ────────▶ stopping
+//!                     ▲    │               │                 │
+//!               Start │    │ StartFailed   │ Ended           │ Ended
+//!                     │    ▼               ▼                 │
+//!                     ├─ failed         stopped ◀────────────┘
+//!                     └────────────────────┘
 //! ```
 //!
 //! `Start` is allowed in created, stopped and failed; `StopAsked` in running and (again) in stopping. Deleting is no
@@ -129,6 +129,19 @@ impl State {
     }
 }
 
+impl State {
+    /// The state of a guest whose VMM turned out to be gone, or was put down in the middle of its start, when a daemon
+    /// took over. A guest without a VMM stays as it is.
+    pub(crate) fn settled(&self, reason: StopReason) -> State {
+        let interrupted = "the daemon ended while the guest was being started; the start was undone";
+        let change = match self {
+            Self::Starting => Change::StartFailed(interrupted.into()),
+            _ => Change::Ended(reason),
+        };
+        self.after(change).unwrap_or_else(|| self.clone())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,6 +180,20 @@ mod tests {
                 assert_eq!(state.after(change.clone()), want, "{state:?} after {change:?}");
             }
         }
+    }
+
+    #[test]
+    fn settles_what_a_daemon_left_half_done() {
+        let ended = State::Stopped {
+            reason: StopReason::Lost,
+        };
+        assert_eq!(State::Running.settled(StopReason::Lost), ended);
+        assert_eq!(State::Stopping.settled(StopReason::Lost), ended);
+        assert_eq!(State::Created.settled(StopReason::Lost), State::Created);
+        assert!(matches!(
+            State::Starting.settled(StopReason::Lost),
+            State::Failed { .. }
+        ));
     }
 
     #[test]
