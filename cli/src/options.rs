@@ -104,15 +104,16 @@ pub enum Command {
 }
 
 const RUN_HELP: &str = "\
-Without --kernel and --disk, the guest is Shoal's own JeOS image from --image: its kernel, and its root file system as a
-read-only disk. What follows `--` is then run in it; the guest powers off when that ends.
+Without --kernel, the guest is Shoal's own JeOS image from --image: its kernel, and its root file
+system as the first, read-only disk. What follows `--` is run in it; the guest powers off when that
+ends.
 
-Exit code: that of the workload when the guest told it (with --vsock; the image has it by default), else 0 when the guest
-powered off, 64 reset, 65 triple fault, 66 KVM error, 67 ended by force, 68 its VMM was ended by a signal, 69 its VMM
-exited by itself, 70 lost; 1 when the guest could not be run at all, 2 for wrong usage.
+Exit code: the workload's when the guest told it (over --vsock, which the image always has), else
+0 the guest powered off, 64 it reset, 65 triple fault, 66 KVM error, 67 ended by force, 68 a signal
+ended its VMM, 69 its VMM exited by itself, 70 lost; 1 when nothing was run, 2 for wrong usage.
 
 Examples:
-  shoal run                                         a shell script's worth of Linux, then power off
+  shoal run                                         the image's own program, then power off
   shoal run --timeline -- cat /proc/cpuinfo
   shoal run --cpus 4 --memory 1G --disk data.img --disk tools.img:ro
   shoal run --kernel bzImage --initrd root.cpio --cmdline 'console=ttyS0' --rm
