@@ -8,7 +8,8 @@ use std::time::Duration;
 /// Longest command line that is read, in bytes; Linux on x86 keeps 2048.
 pub const MAX_CMDLINE: usize = 8192;
 const MAX_WORDS: usize = 1024;
-const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+/// Shorter than the ten seconds that a host gives a guest to stop, so that init can still say goodbye.
+const DEFAULT_GRACE: Duration = Duration::from_secs(7);
 const MAX_GRACE: u64 = 3600;
 
 /// What to do with the machine when the workload has ended.
@@ -245,7 +246,7 @@ mod tests {
     fn nothing_asked_for() {
         let c = Config::parse("quiet root=/dev/vda");
         assert_eq!((c.program, c.arguments.len(), c.problems.len()), (None, 0, 0));
-        assert_eq!(c.grace, Duration::from_secs(10));
+        assert_eq!(c.grace, DEFAULT_GRACE);
     }
 
     #[test]

@@ -73,7 +73,23 @@ impl Host {
 
     /// Tells the workload's exit code and waits shortly for the host to have read it.
     pub fn farewell(self, code: i32) {
-        let Host::Open(fd, _) = self else { return };
+        let fd = match self {
+            Host::None => return,
+            Host::Open(fd, _) => fd,
+            // The workload was faster than the host's answer: that is waited for now.
+            Host::Connecting(fd) => {
+                let mut wait = [libc::pollfd {
+                    fd: fd.as_raw_fd(),
+                    events: libc::POLLOUT,
+                    revents: 0,
+                }];
+                let _ = sys::poll(&mut wait, FAREWELL_MS);
+                if sys::connect_result(&fd).is_err() {
+                    return;
+                }
+                fd
+            }
+        };
         if sys::send_now(fd.as_raw_fd(), format!("EXIT {code}\n").as_bytes()).is_ok() {
             sys::shutdown_write(&fd);
             let mut wait = [libc::pollfd {

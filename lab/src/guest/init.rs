@@ -29,6 +29,9 @@ pub fn make_root_a_mount() -> Result<(), GuestError> {
 /// Loads kernel modules, in this order.
 pub fn load_modules(paths: &[String]) -> Result<(), GuestError> {
     for path in paths {
+        if path.ends_with("/kvm.ko") {
+            wait_for_tsc();
+        }
         let file = fs::File::open(path).attempt(|| format!("open {path}"))?;
         // SAFETY: the descriptor is open, the parameter string is NUL-terminated and outlives the call.
         let result = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
@@ -37,6 +40,22 @@ pub fn load_modules(paths: &[String]) -> Result<(), GuestError> {
         }
     }
     Ok(())
+}
+
+/// KVM takes the TSC's frequency when it is loaded. Loaded before the kernel has refined what it measured early in its
+/// boot (about a second later, when the TSC becomes the clock source), KVM computes guests' timers with two different
+/// frequencies, and some never fire. The kernel tells nobody when it has done so, so its file is read again and again;
+/// after five seconds without a TSC the machine goes on with what it has.
+fn wait_for_tsc() {
+    const STEP: std::time::Duration = std::time::Duration::from_millis(10);
+    const CURRENT: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    for _ in 0..500 {
+        if fs::read_to_string(CURRENT).is_ok_and(|name| name.trim() == "tsc") {
+            return;
+        }
+        std::thread::sleep(STEP);
+    }
+    eprintln!("shoal-lab: the TSC did not become the clock source; timers of guests may be unreliable");
 }
 
 /// Everything else that programs expect of a machine.
