@@ -27,6 +27,8 @@ need_file() { [ -e "$2" ] || missing="$missing $1"; }
 
 # Rust's linker and bundled SQLite; the probe guest; the kernel.
 need_command gcc gcc
+# libFuzzer, which the fuzz targets are linked with.
+need_command g++ g++
 need_command make make
 need_file libc6-dev /usr/include/stdio.h
 # The guest kernel only. objtool, which checks the kernel's code, reads ELF with libelf.
