@@ -126,9 +126,9 @@ fn state(state: &State) -> api::GuestState {
     }
 }
 
-fn stopped(reason: &StopReason) -> api::Stopped {
+fn stopped(why: &StopReason) -> api::Stopped {
     use api::StopReason as R;
-    let (reason, detail, signal) = match reason {
+    let (reason, detail, signal) = match why {
         StopReason::PowerOff => (R::PowerOff, "the guest powered off".into(), None),
         StopReason::Reset => (R::Reset, "the guest asked for a reset".into(), None),
         StopReason::TripleFault => (
@@ -138,6 +138,12 @@ fn stopped(reason: &StopReason) -> api::Stopped {
         ),
         StopReason::KvmError { detail } => (R::KvmError, detail.clone(), None),
         StopReason::Killed => (R::Killed, "the guest was ended by force".into(), None),
+        StopReason::SeccompKill { syscall } => {
+            let call = syscall.as_deref().unwrap_or("whose name the kernel did not tell");
+            let detail =
+                format!("the guest's VMM made the forbidden system call {call} and was ended for it");
+            (R::SeccompKill, detail, None)
+        }
         StopReason::VmmSignal { signal } => (
             R::VmmSignal,
             format!("signal {signal} ended the guest's VMM"),
@@ -158,6 +164,10 @@ fn stopped(reason: &StopReason) -> api::Stopped {
         reason,
         detail,
         signal,
+        syscall: match why {
+            StopReason::SeccompKill { syscall } => syscall.clone(),
+            _ => None,
+        },
     }
 }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use shoal_host::{Host, HostConfig};
+use shoal_host::{Confinement, Host, HostConfig, SeccompMode};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Runs microVM guests, driven by JSON over HTTP on a Unix socket.
@@ -42,6 +42,21 @@ struct Arguments {
     /// The shoal-vmm program; the one beside shoald when it is not given.
     #[arg(long, value_name = "PATH", env = "SHOAL_VMM")]
     vmm: Option<PathBuf>,
+    /// The cgroup (version 2, an absolute path) below which guests get their limits. When it is not given: below the
+    /// daemon's own where that was delegated to it, else, as root, `shoal` at the top.
+    #[arg(long, value_name = "PATH", env = "SHOAL_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// The first of the 4096 user ids (and group ids) that guests run as when the daemon is root. When it is not given:
+    /// a block above 1900000000 that the state directory's path chooses.
+    #[arg(long, value_name = "UID", env = "SHOAL_FIRST_USER")]
+    first_user: Option<u32>,
+    /// For debugging: put VMMs into no jail. A guest that takes over its VMM has then what the daemon has.
+    #[arg(long)]
+    no_jail: bool,
+    /// For debugging: what becomes of system calls that a VMM has no need of. `kill` ends it, `log` writes them to the
+    /// kernel's log and allows them, `off` allows them, `trace` is for `shoal-jailer trace`.
+    #[arg(long, value_name = "MODE", default_value = "kill", env = "SHOAL_SECCOMP")]
+    seccomp: SeccompMode,
     /// Stop all guests at the end instead of leaving them to the next daemon.
     #[arg(long)]
     stop_guests_on_exit: bool,
@@ -84,7 +99,17 @@ async fn run(arguments: Arguments) -> Result<()> {
     // Before the state directory is touched: signals that come from here on end the daemon in order.
     let mut terminate = signal(SignalKind::terminate()).context("watching for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watching for SIGINT")?;
-    let host = Host::open(HostConfig::new(&arguments.state, vmm)).await?;
+    let confinement = Confinement {
+        jail: !arguments.no_jail,
+        seccomp: arguments.seccomp,
+        cgroup: arguments.cgroup,
+        first_user: arguments.first_user,
+    };
+    let config = HostConfig {
+        confinement,
+        ..HostConfig::new(&arguments.state, vmm)
+    };
+    let host = Host::open(config).await?;
     let socket = socket::bind(
         &arguments.socket,
         arguments.socket_mode,

@@ -105,7 +105,7 @@ fn class(error: &HostError) -> (StatusCode, &'static str, &'static str, &'static
             "The daemon is shutting down",
             "try again when it is up; guests go on running",
         ),
-        HostError::Refused(_) | HostError::StartFailed { .. } => (
+        HostError::Refused(_) | HostError::StartFailed { .. } | HostError::Jail(_) => (
             StatusCode::INTERNAL_SERVER_ERROR,
             "start-failed",
             "The guest could not be started",

@@ -33,7 +33,7 @@ fn text(report: &Report) -> String {
             Status::Warning => "warn",
             Status::Failed => "FAIL",
         };
-        text.push_str(&format!("{mark}  {:<7} {}\n", check.name, check.detail));
+        text.push_str(&format!("{mark}  {:<9} {}\n", check.name, check.detail));
     }
     if let Some(probe) = &report.probe {
         let million = |ips: f64| format!("{:.1} million instructions/s", ips / 1e6);

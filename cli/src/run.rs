@@ -256,6 +256,7 @@ fn exit_code(guest: &Guest) -> ExitCode {
         (_, StopReason::VmmSignal) => 68,
         (_, StopReason::VmmExit) => 69,
         (_, StopReason::Lost) => 70,
+        (_, StopReason::SeccompKill) => 71,
     })
 }
 

@@ -12,7 +12,7 @@ use crate::config::HostConfig;
 use crate::disk::{DiskUse, DiskUsers};
 use crate::error::{HostError, chain};
 use crate::images::Images;
-use crate::launcher::Launcher;
+use crate::launcher::{Launch, Launcher};
 use crate::link::Link;
 use crate::log::{LogKeeper, tail};
 use crate::paths::GuestDir;
@@ -181,6 +181,7 @@ impl Actor {
             Ok((link, vsock, disks)) => {
                 if let Some(process) = process {
                     self.record.process = Some(process.id().clone());
+                    self.record.jail = Some(process.jail().clone());
                     let log = LogKeeper::of(&self.dir);
                     let grace = self.shared.config.kill_grace;
                     self.running = Some(Running::new(process, link, vsock, disks, log, grace));
@@ -226,10 +227,21 @@ impl Actor {
         } = opened.await.map_err(|_| HostError::Closing)??;
         self.record.stamps.now("resources-opened");
 
-        let program = self.shared.launcher.program().to_owned();
-        let spawned = self.shared.launcher.spawn(&self.record.id, control, log);
-        let child = spawned.map_err(HostError::io("starting", &program))?;
-        let process = process.insert(Process::of_child(child).map_err(HostError::io("watching", &program))?);
+        let launcher = self.shared.launcher.clone();
+        let launch = Launch {
+            guest_id: self.record.id.clone(),
+            control,
+            log,
+            memory_bytes: self.record.spec.memory_mib << 20,
+            vcpus: self.record.spec.vcpus,
+        };
+        let spawned = tokio::task::spawn_blocking(move || launcher.spawn(launch)).await;
+        let (pid, pidfd, lease) = spawned
+            .map_err(|_| HostError::Closing)?
+            .map_err(HostError::Jail)?;
+        let watched = Process::of_child(pid, pidfd, lease);
+        let vmm = self.shared.config.vmm.clone();
+        let process = process.insert(watched.map_err(HostError::io("watching", &vmm))?);
         self.record.stamps.now("process-spawned");
 
         let control = self.dir.control();
@@ -269,6 +281,10 @@ impl Actor {
                 Err(failed(match ended {
                     Ok(Ended::Signal(signal)) => format!("was ended by signal {signal}"),
                     Ok(Ended::Code(code)) => format!("exited with code {code}"),
+                    Ok(Ended::Filter(call)) => format!(
+                        "was ended by its seccomp filter for the system call {}",
+                        call.unwrap_or("(name not known)")
+                    ),
                     Ok(Ended::Unknown) | Err(_) => "hung up".into(),
                 }))
             }
@@ -351,6 +367,7 @@ impl Actor {
         };
         self.dir.remove_sockets();
         self.record.process = None;
+        self.record.jail = None;
         if let Err(error) = self.change("end", Change::Ended(reason)).await {
             tracing::error!(guest = %self.record.id, error = %chain(&error), "an end could not be recorded");
         }

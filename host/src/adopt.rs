@@ -41,7 +41,8 @@ async fn adopt(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) -> Opt
     if record.state == State::Starting {
         return None;
     }
-    let mut process = Process::adopt(record.process.as_ref()?).ok().flatten()?;
+    let lease = || shared.launcher.adopt(&record.id, record.jail.as_ref());
+    let mut process = Process::adopt(record.process.as_ref()?, lease).ok().flatten()?;
     let link = connect_to(&dir.control()).and_then(Link::new);
     let answer = match &link {
         Ok(link) => link.status(PATIENCE).await.map_err(|e| chain(&e)),
@@ -91,13 +92,19 @@ async fn bury(shared: &Arc<Shared>, dir: &GuestDir, record: &mut Record) {
         tracing::error!(guest = %record.id, "a VMM without a record does not end");
     }
     dir.remove_sockets();
+    shared.launcher.clean_up(&record.id, record.jail.as_ref());
     record.process = None;
+    record.jail = None;
     let reason = exit_record(&dir.exit_record()).map_or(StopReason::Lost, StopReason::from);
     record.state = record.state.settled(reason);
 }
 
 /// Removes the directories of guests that nobody remembers, and ends VMMs that may still be there.
-pub(crate) async fn remove_orphans(state: &StateDir, known: &HashSet<String>) -> Result<(), OpenError> {
+pub(crate) async fn remove_orphans(
+    shared: &Shared,
+    state: &StateDir,
+    known: &HashSet<String>,
+) -> Result<(), OpenError> {
     let guests = state.guests();
     for entry in fs::read_dir(&guests).map_err(OpenError::io("reading", &guests))? {
         let entry = entry.map_err(OpenError::io("reading", &guests))?;
@@ -111,6 +118,7 @@ pub(crate) async fn remove_orphans(state: &StateDir, known: &HashSet<String>) ->
         tracing::warn!(path = ?dir.path(), "removing what belongs to no guest");
         put_down(&dir.control(), PATIENCE).await;
         log::await_end(&dir.log(), PATIENCE).await;
+        shared.launcher.clean_up(&name, None);
         dir.remove().map_err(OpenError::io("removing", dir.path()))?;
     }
     Ok(())

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use shoal_jailer::seccomp;
+
 /// What a host is opened with.
 #[derive(Clone, Debug)]
 pub struct HostConfig {
@@ -16,6 +18,33 @@ pub struct HostConfig {
     pub kill_grace: Duration,
     /// Kernels and initial RAM disks kept ready for the next guest: at most this many bytes of files.
     pub image_cache_bytes: u64,
+    /// How VMMs are kept from the host.
+    pub confinement: Confinement,
+}
+
+/// How VMMs are kept from the host. Anything but the default is for debugging, and warned of at every start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// Whether each VMM is put into a jail.
+    pub jail: bool,
+    /// What becomes of system calls that a VMM has no need of.
+    pub seccomp: seccomp::Mode,
+    /// The cgroup (version 2, an absolute path) below which guests get their limits; found when it is not given.
+    pub cgroup: Option<PathBuf>,
+    /// The first of the 4,096 users that VMMs run as when the host is root; chosen by the state directory's path when
+    /// it is not given.
+    pub first_user: Option<u32>,
+}
+
+impl Default for Confinement {
+    fn default() -> Self {
+        Self {
+            jail: true,
+            seccomp: seccomp::Mode::Kill,
+            cgroup: None,
+            first_user: None,
+        }
+    }
 }
 
 impl HostConfig {
@@ -27,6 +56,7 @@ impl HostConfig {
             start_timeout: Duration::from_secs(30),
             kill_grace: Duration::from_secs(2),
             image_cache_bytes: 1 << 30,
+            confinement: Confinement::default(),
         }
     }
 }

@@ -51,6 +51,9 @@ pub enum HostError {
         /// By whom.
         by: String,
     },
+    /// The VMM could not be started in its jail.
+    #[error("{0}")]
+    Jail(shoal_jailer::JailError),
     /// The VMM refused the configuration or could not build the machine.
     #[error("the VMM could not start the guest: {0}")]
     Refused(Failure),
@@ -137,15 +140,9 @@ pub enum OpenError {
         /// Length of the longest socket path below it (bytes).
         needed: usize,
     },
-    /// The VMM program cannot be run.
-    #[error("the VMM program {path:?} cannot be used; name it with --vmm or SHOAL_VMM")]
-    Vmm {
-        /// The program.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
+    /// VMMs cannot be started.
+    #[error(transparent)]
+    Launcher(#[from] crate::launcher::LauncherError),
     /// A system call failed.
     #[error("{what} {path:?} failed")]
     Io {

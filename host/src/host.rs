@@ -55,14 +55,13 @@ impl Host {
     /// those that ended meanwhile, and removes what belongs to no guest.
     ///
     /// # Errors
-    /// When another daemon serves the directory, or the VMM program, the directory or the store cannot be used.
+    /// When another daemon serves the directory, when the VMM program, the directory or the store cannot be used, or when
+    /// VMMs cannot be jailed.
     pub async fn open(config: HostConfig) -> Result<Self, OpenError> {
-        let launcher = Launcher::new(&config.vmm).map_err(|source| OpenError::Vmm {
-            path: config.vmm.clone(),
-            source,
-        })?;
         let state = prepare_state_dir(&config.state_dir)?;
         let lock = take_lock(&state, &config.state_dir).await?;
+        let launcher = Launcher::new(&config.vmm, &state.guests(), &config.confinement)?;
+        launcher.warn();
         let (store, records) = Store::open(&state.database())?;
         let images = Images::new(config.image_cache_bytes);
         let shared = Arc::new(Shared {
@@ -74,7 +73,7 @@ impl Host {
         });
 
         let known: HashSet<_> = records.iter().map(|r| r.id.clone()).collect();
-        adopt::remove_orphans(&state, &known).await?;
+        adopt::remove_orphans(&shared, &state, &known).await?;
         let mut fleet = Fleet::default();
         let mut adoptions = tokio::task::JoinSet::new();
         for record in records {
@@ -183,6 +182,7 @@ impl Host {
             state: State::Created,
             created_ms: now.as_millis() as u64,
             process: None,
+            jail: None,
             stamps: Stamps::default(),
             exit_code: None,
         };

@@ -2,16 +2,18 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::process::ExitStatusExt;
-use std::process::Child;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
 
 use crate::async_fd;
+use crate::launcher::{JailRecord, Lease};
 
 /// A process for good: process numbers are used again, after a restart of the machine from the start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,49 +68,70 @@ fn is_zombie(pid: u32) -> bool {
 }
 
 /// How a process ended, as far as its parent can know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {
     /// It exited with this code.
     Code(i32),
     /// A signal ended it.
     Signal(i32),
+    /// Its seccomp filter ended it for a system call, which the kernel may have named.
+    Filter(Option<&'static str>),
     /// It was another daemon's child: nobody can tell any more.
     Unknown,
 }
 
-/// A VMM's process, watched by a pidfd.
+/// A VMM's process, watched by a pidfd, with what its jail has of the host.
 #[derive(Debug)]
 pub(crate) struct Process {
     id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
+    jail: JailRecord,
+    /// Until it has ended.
+    lease: Option<Lease>,
     /// Only for a process that this daemon started. It must be reaped.
-    child: Option<Child>,
+    is_child: bool,
+    /// Gives the lease back, and says how it ended.
+    settling: Option<JoinHandle<Ended>>,
+    ended: Ended,
 }
 
 impl Process {
     /// Watches a child.
-    pub fn of_child(mut child: Child) -> io::Result<Self> {
+    pub fn of_child(pid: i32, pidfd: OwnedFd, lease: Lease) -> io::Result<Self> {
+        let kill = pidfd.try_clone();
         let watch = || -> io::Result<_> {
-            let id = ProcessId::of(child.id())?;
             // No race: the number cannot be used again before the child is reaped, below.
-            Ok((async_fd::register(open_pidfd(id.pid)?, Interest::READABLE)?, id))
+            let id = ProcessId::of(pid.unsigned_abs())?;
+            Ok((async_fd::register(pidfd, Interest::READABLE)?, id))
         };
-        match watch() {
-            Ok((pidfd, id)) => Ok(Self {
-                id,
-                pidfd,
-                child: Some(child),
-            }),
-            Err(e) => {
-                // Neither can fail for a child that was not reaped; and the error above is the one to tell.
-                let _ = child.kill().and_then(|()| child.wait());
+        match (watch(), kill) {
+            (Ok((pidfd, id)), _) => Ok(Self::new(id, pidfd, lease, true)),
+            (Err(e), kill) => {
+                // Neither fails for a child that was not reaped; and the error above is the one to tell.
+                if let Ok(child) = kill {
+                    let _ = pidfd_send_signal(&child, Signal::KILL);
+                    reap(child.as_fd());
+                }
+                lease.end();
                 Err(e)
             }
         }
     }
 
-    /// Watches a process that an earlier daemon started; `None` when it is gone.
-    pub fn adopt(id: &ProcessId) -> io::Result<Option<Self>> {
+    fn new(id: ProcessId, pidfd: AsyncFd<OwnedFd>, lease: Lease, is_child: bool) -> Self {
+        Self {
+            id,
+            pidfd,
+            jail: lease.record().clone(),
+            lease: Some(lease),
+            is_child,
+            settling: None,
+            ended: Ended::Unknown,
+        }
+    }
+
+    /// Watches a process that an earlier daemon started; `None` when it is gone. The lease is taken once it is found.
+    pub fn adopt(id: &ProcessId, lease: impl FnOnce() -> Lease) -> io::Result<Option<Self>> {
         let Ok(pidfd) = open_pidfd(id.pid) else {
             return Ok(None);
         };
@@ -117,11 +140,12 @@ impl Process {
             return Ok(None);
         }
         let pidfd = async_fd::register(pidfd, Interest::READABLE)?;
-        Ok(Some(Self {
-            id: id.clone(),
-            pidfd,
-            child: None,
-        }))
+        Ok(Some(Self::new(id.clone(), pidfd, lease(), false)))
+    }
+
+    /// What its jail is made of.
+    pub fn jail(&self) -> &JailRecord {
+        &self.jail
     }
 
     /// Who it is.
@@ -129,29 +153,63 @@ impl Process {
         &self.id
     }
 
-    /// Waits until it ends, and reaps it. May be cancelled and called again.
+    /// Waits until it ends, reaps it, and gives back what its jail had. May be cancelled and called again.
     pub async fn ended(&mut self) -> Ended {
         // An error here means that the runtime is going away; the task is cancelled with it.
         if self.pidfd.readable().await.is_err() {
             std::future::pending::<()>().await;
         }
-        let Some(child) = &mut self.child else {
-            return Ended::Unknown;
-        };
-        match child.wait() {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => Ended::Code(code),
-                (None, Some(signal)) => Ended::Signal(signal),
-                (None, None) => Ended::Unknown,
-            },
-            Err(_) => Ended::Unknown,
+        if let Some(lease) = self.lease.take() {
+            let seen = match self.is_child {
+                true => reap(self.pidfd.get_ref().as_fd()),
+                false => Ended::Unknown,
+            };
+            let pid = self.id.pid;
+            self.ended = seen.clone();
+            self.settling = Some(tokio::task::spawn_blocking(move || settle(pid, seen, lease)));
         }
+        if let Some(settling) = &mut self.settling {
+            if let Ok(ended) = settling.await {
+                self.ended = ended;
+            }
+            self.settling = None;
+        }
+        self.ended.clone()
     }
 
     /// Sends SIGKILL. A process that has ended already is no error.
     pub fn kill(&self) {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
     }
+}
+
+/// Waits for a child that has ended or is about to.
+fn reap(child: BorrowedFd<'_>) -> Ended {
+    match waitid(WaitId::PidFd(child), WaitIdOptions::EXITED) {
+        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Ended::Code(code),
+            (None, Some(signal)) => Ended::Signal(signal),
+            (None, None) => Ended::Unknown,
+        },
+        Ok(None) | Err(_) => Ended::Unknown,
+    }
+}
+
+/// Looks whether a filter ended the process, and gives back what its jail had.
+fn settle(pid: u32, seen: Ended, lease: Lease) -> Ended {
+    let ended = match seen {
+        Ended::Signal(signal) if signal == Signal::SYS.as_raw() => {
+            Ended::Filter(lease.forbidden_call(pid, true))
+        }
+        // Another daemon's child: a record of its kill, if there is one, is there already.
+        Ended::Unknown => match lease.forbidden_call(pid, false) {
+            None => Ended::Unknown,
+            call => Ended::Filter(call),
+        },
+        other => other,
+    };
+    lease.end();
+    ended
 }
 
 fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
@@ -165,46 +223,68 @@ fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
+    use crate::config::Confinement;
+    use crate::launcher::Launcher;
+    use std::path::Path;
+    use std::process::{Child, Command, Stdio};
+
+    /// A lease on nothing, of a launcher that makes no jails.
+    fn lease() -> Lease {
+        let confinement = Confinement {
+            jail: false,
+            ..Confinement::default()
+        };
+        let launcher = Launcher::new(&std::env::current_exe().unwrap(), Path::new("/"), &confinement);
+        launcher.unwrap().adopt("test", None)
+    }
+
+    fn watch(child: &Child) -> Process {
+        let pid = child.id();
+        Process::of_child(pid as i32, open_pidfd(pid).unwrap(), lease()).unwrap()
+    }
 
     #[tokio::test]
     async fn tells_how_a_child_ended() {
         let spawn = |script: &str| {
             let mut command = Command::new("/bin/sh");
-            Process::of_child(
-                command
-                    .args(["-c", script])
-                    .stdin(Stdio::piped())
-                    .spawn()
-                    .unwrap(),
-            )
-            .unwrap()
+            command
+                .args(["-c", script])
+                .stdin(Stdio::piped())
+                .spawn()
+                .unwrap()
         };
-        assert_eq!(spawn("exit 7").ended().await, Ended::Code(7));
-        let mut p = spawn("read x; exit 1");
+        assert_eq!(watch(&spawn("exit 7")).ended().await, Ended::Code(7));
+        let waits = spawn("read x; exit 1");
+        let mut p = watch(&waits);
         p.kill();
         assert_eq!(p.ended().await, Ended::Signal(9));
+        assert_eq!(p.ended().await, Ended::Signal(9), "asked again");
+        // Nobody sent it for a filter, so no call has a name.
+        assert_eq!(watch(&spawn("kill -SYS $$")).ended().await, Ended::Filter(None));
     }
 
     #[tokio::test]
     async fn knows_a_process_by_more_than_its_number() {
         let mut child = Command::new("/bin/cat").stdin(Stdio::piped()).spawn().unwrap();
         let id = ProcessId::of(child.id()).unwrap();
-        let mut adopted = Process::adopt(&id).unwrap().expect("it lives");
+        let mut adopted = Process::adopt(&id, lease).unwrap().expect("it lives");
         let other = ProcessId {
             start_ticks: id.start_ticks + 1,
             ..id.clone()
         };
-        assert!(Process::adopt(&other).unwrap().is_none());
+        assert!(Process::adopt(&other, lease).unwrap().is_none());
         let other = ProcessId {
             boot_id: "x".into(),
             ..id.clone()
         };
-        assert!(Process::adopt(&other).unwrap().is_none());
+        assert!(Process::adopt(&other, lease).unwrap().is_none());
         drop(child.stdin.take());
         assert_eq!(adopted.ended().await, Ended::Unknown);
-        assert!(Process::adopt(&id).unwrap().is_none(), "a zombie has ended");
+        assert!(
+            Process::adopt(&id, lease).unwrap().is_none(),
+            "a zombie has ended"
+        );
         child.wait().unwrap();
-        assert!(Process::adopt(&id).unwrap().is_none());
+        assert!(Process::adopt(&id, lease).unwrap().is_none());
     }
 }

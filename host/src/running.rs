@@ -155,6 +155,9 @@ impl Running {
         match (self.exit.clone().or(record), ended, self.force) {
             (Some(reason), ..) => reason.into(),
             (None, _, Force::Killed) => StopReason::Killed,
+            (None, Ended::Filter(call), _) => StopReason::SeccompKill {
+                syscall: call.map(str::to_owned),
+            },
             (None, Ended::Signal(signal), _) => StopReason::VmmSignal { signal },
             (None, Ended::Code(code), _) => StopReason::VmmExit { code },
             (None, Ended::Unknown, _) => StopReason::Lost,

@@ -57,6 +57,12 @@ pub enum StopReason {
     },
     /// The host ended it: it did not stop before the deadline, or was deleted by force.
     Killed,
+    /// The VMM was ended for a system call that its seccomp filter forbids: by a bug of the VMM, or by a guest that took
+    /// it over.
+    SeccompKill {
+        /// The system call's name, where the kernel tells it.
+        syscall: Option<String>,
+    },
     /// The VMM was ended by a signal that the host did not send.
     VmmSignal {
         /// The signal's number.

@@ -8,6 +8,7 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+use crate::launcher::JailRecord;
 use crate::process::ProcessId;
 use crate::spec::GuestSpec;
 use crate::state::State;
@@ -67,6 +68,9 @@ pub(crate) struct Record {
     pub created_ms: u64,
     /// Its VMM, while there is one.
     pub process: Option<ProcessId>,
+    /// What its VMM's jail is made of, while there is one.
+    #[serde(default)]
+    pub jail: Option<JailRecord>,
     /// The steps of its last start.
     pub stamps: Stamps,
     /// The exit code of its workload, when the guest told it.
@@ -252,6 +256,7 @@ mod tests {
             state: State::Created,
             created_ms: 1,
             process: None,
+            jail: None,
             stamps: Stamps::default(),
             exit_code: None,
         }

@@ -45,7 +45,7 @@ pub(crate) fn no_cgroup() -> Degradation {
         what: "cgroup",
         because: "no cgroup of version 2 was given for the guests".to_owned(),
         consequence: "a VMM that was taken over can use up the host's memory, processors and disks",
-        remedy: "give a cgroup of version 2 that is delegated to this user (--cgroup-parent)",
+        remedy: "give a cgroup of version 2 that is delegated to this user (shoald --cgroup, shoal-jailer run --cgroup-parent)",
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use shoal_devices::event::{EventLoop, Readiness, Token};
 use shoal_devices::spec::BuildEnv;
+use shoal_seccomp::Mode;
 
 use crate::channel::{ChannelError, VmmChannel};
 use crate::machine::{Machine, Running};
@@ -56,17 +57,18 @@ pub struct Vmm {
     timeline: Timeline,
     machine: Option<Running>,
     exit_record: Option<File>,
+    seccomp: Mode,
     /// The host has asked for the end before there was a machine.
     killed: bool,
 }
 
 impl Vmm {
     /// Takes the control socket: a listening one is accepted from, again and again; the end of a connected one ends the
-    /// guest.
+    /// guest. `seccomp` says what becomes of system calls that the threads' filters do not allow.
     ///
     /// # Errors
     /// When the descriptor is no such socket, or the event loop cannot be made.
-    pub fn new(guest_id: String, control: OwnedFd) -> Result<Self, ControlError> {
+    pub fn new(guest_id: String, control: OwnedFd, seccomp: Mode) -> Result<Self, ControlError> {
         let fd = control.as_raw_fd();
         let stamp = Stamp {
             step: Step::ProcessStarted,
@@ -80,6 +82,7 @@ impl Vmm {
             timeline: Timeline { stamps: vec![stamp] },
             machine: None,
             exit_record: None,
+            seccomp,
             killed: false,
         };
         let not_a_socket = |_| ControlError::NotASocket { fd };
@@ -94,6 +97,7 @@ impl Vmm {
                 .map_err(io("watching the control socket"))?;
             vmm.listener = Some(control);
         } else {
+            set_nonblocking(fd).map_err(io("preparing the control connection"))?;
             vmm.connect(control)?;
         }
         Ok(vmm)
@@ -180,9 +184,9 @@ impl Vmm {
         }
     }
 
+    /// Serves a connection, which does not block.
     fn connect(&mut self, fd: OwnedFd) -> Result<(), ControlError> {
         self.disconnect();
-        set_nonblocking(fd.as_raw_fd()).map_err(io("preparing the control connection"))?;
         let mut owner = self.event_loop.owner();
         owner
             .add(&fd, CONNECTION, Readiness::IN)
@@ -289,7 +293,7 @@ impl Vmm {
             handle.clone(),
         ));
         let machine = Machine::build(&valid, env, shared.clone(), &handle)
-            .and_then(Machine::run)
+            .and_then(|machine| machine.run(self.seccomp))
             .map_err(|e| Failure {
                 field: e.field(),
                 message: chain(&e),

@@ -2,7 +2,8 @@
 //!
 //! The host uses [`protocol`], [`channel`], [`kernel`] and [`config`]; the rest runs inside of `shoal-vmm`:
 //! [`control`] serves the host and owns the event loop, [`machine`] builds and runs the guest, [`vcpu`] and [`bus`]
-//! serve its exits, [`arch`] knows the processor.
+//! serve its exits, [`arch`] knows the processor; [`harden`] takes from the process and its threads what they do not
+//! need, and [`gate`] sees to it that this happens before the guest's first instruction.
 
 #![deny(missing_docs)]
 
@@ -12,6 +13,8 @@ pub mod channel;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod gate;
+pub mod harden;
 pub mod kernel;
 pub mod machine;
 pub mod memory;

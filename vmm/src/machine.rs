@@ -18,6 +18,7 @@ use shoal_devices::event::LoopHandle;
 use shoal_devices::legacy::serial::Serial;
 use shoal_devices::spec::{BuildEnv, BuildError as DeviceError};
 use shoal_devices::virtio::mmio::{MmioParts, MmioTransport, NOTIFY_OFFSET};
+use shoal_seccomp::{InstallError, Mode, ThreadKind};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -28,6 +29,8 @@ use crate::arch::x86_64::{boot, cpuid, regs};
 use crate::bus::{Bus, Window};
 use crate::config::ValidConfig;
 use crate::console;
+use crate::gate::Gate;
+use crate::harden;
 use crate::memory::{self, MemoryError};
 use crate::protocol::Step;
 use crate::shared::Shared;
@@ -78,6 +81,9 @@ pub enum BuildError {
         #[source]
         source: io::Error,
     },
+    /// A thread has no filter, so no guest may run.
+    #[error("confining the VMM's threads failed")]
+    Confine(#[from] InstallError),
 }
 
 impl BuildError {
@@ -159,11 +165,11 @@ impl Machine {
         })
     }
 
-    /// Starts the vCPUs.
+    /// Starts the vCPUs, once each of them and the calling thread, which is the event loop's, are under their filters.
     ///
     /// # Errors
-    /// When a thread cannot be made; those already running are stopped again.
-    pub fn run(self) -> Result<Running, BuildError> {
+    /// When a thread cannot be made or confined; no vCPU has entered the guest then.
+    pub fn run(self, seccomp: Mode) -> Result<Running, BuildError> {
         let Self {
             bus,
             vcpus,
@@ -171,27 +177,30 @@ impl Machine {
             rest,
         } = self;
         vcpu::install_kick_handler().map_err(io("installing the vCPUs' signal handler"))?;
+        let gate = Arc::new(Gate::new(vcpus.len() + 1));
         let mut running = Running {
             bus,
             shared,
             rest,
             threads: Vec::new(),
+            gate,
         };
-        // The boot vCPU comes last: until it runs, the others wait for its start-up message, and when a thread cannot
-        // be made the guest has done nothing yet.
-        for (index, vcpu) in vcpus.into_iter().enumerate().rev() {
-            let thread = VcpuThread::spawn(index as u8, vcpu, running.bus.clone(), running.shared.clone());
-            match thread {
-                Ok(thread) => running.threads.push(thread),
-                Err(e) => {
-                    running.shared.end(crate::protocol::ExitReason::Killed);
-                    // No vCPU waits for the loop: the guest has not executed an instruction.
-                    running.stop_vcpus(std::thread::yield_now);
-                    return Err(io("starting a vCPU's thread")(e));
-                }
-            }
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let (bus, shared, gate) = (running.bus.clone(), running.shared.clone(), running.gate.clone());
+            let thread = VcpuThread::spawn(index as u8, vcpu, bus, shared, gate, seccomp);
+            let thread = thread.inspect_err(|_| running.gate.shut());
+            running
+                .threads
+                .push(thread.map_err(io("starting a vCPU's thread"))?);
         }
-        Ok(running)
+        let confined = harden::thread(ThreadKind::EventLoop, seccomp);
+        let opening = || running.shared.stamp(Step::FirstInstruction);
+        running.gate.arrive(confined, opening);
+        running.gate.leave();
+        match running.gate.take_failure() {
+            None => Ok(running),
+            Some(error) => Err(error.into()),
+        }
     }
 }
 
@@ -201,6 +210,7 @@ pub struct Running {
     shared: Arc<Shared>,
     rest: Rest,
     threads: Vec<VcpuThread>,
+    gate: Arc<Gate>,
 }
 
 impl Running {
@@ -247,7 +257,7 @@ impl Running {
         while self.shared.vcpus_running() > 0 {
             serve();
         }
-        self.threads.drain(..).for_each(VcpuThread::join);
+        self.gate.wait_empty();
     }
 }
 

@@ -3,28 +3,33 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 
+use shoal_seccomp::Mode;
 use shoal_vmm::control::{Vmm, chain};
 
 const HELP: &str = "\
 shoal-vmm runs one guest. The host (shoald, or a program that embeds shoal-host) starts it and tells it over its
 control socket what to run; it is not meant to be typed.
 
-Usage: shoal-vmm --control-fd FD [--guest-id ID]
+Usage: shoal-vmm --control-fd FD [--guest-id ID] [--seccomp MODE]
 
 Options:
   --control-fd FD   An inherited Unix seqpacket socket: a listening one is accepted from whenever a host connects,
                     the end of a connected one ends the guest
   --guest-id ID     Stands in log lines until the configuration has come
+  --seccomp MODE    What becomes of system calls that a VMM has no need of, from the guest's first instruction on:
+                    kill (the default) ends the process; log writes them to the kernel's log and off allows them, both
+                    for debugging only; trace stops at each call for `shoal-jailer trace`
   --version         Prints the version and the version of the control protocol
   --help            Prints this
 
 Exit codes: 0 the guest powered off, 64 it reset, 65 triple fault, 66 KVM could not go on, 67 killed by the host,
-1 the VMM itself failed, 2 wrong usage.
+1 the VMM itself failed, 2 wrong usage. SIGSYS ends it for a forbidden system call, SIGILL for a bug.
 ";
 
 struct Arguments {
     control_fd: i32,
     guest_id: String,
+    seccomp: Mode,
 }
 
 enum Parsed {
@@ -33,7 +38,7 @@ enum Parsed {
 }
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parsed, String> {
-    let (mut control_fd, mut guest_id) = (None, String::from("-"));
+    let (mut control_fd, mut guest_id, mut seccomp) = (None, String::from("-"), Mode::Kill);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
         match argument.as_str() {
@@ -51,6 +56,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parsed, String> 
                 control_fd = Some(fd);
             }
             "--guest-id" => guest_id = value()?,
+            "--seccomp" => seccomp = value()?.parse().map_err(|e| format!("--seccomp: {e}"))?,
             "--help" | "-h" => return Ok(Parsed::Print(HELP.into())),
             "--version" | "-V" => {
                 let (version, protocol) = (env!("CARGO_PKG_VERSION"), shoal_vmm::protocol::VERSION);
@@ -62,10 +68,15 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Parsed, String> 
         }
     }
     let control_fd = control_fd.ok_or("--control-fd is missing; --help explains it")?;
-    Ok(Parsed::Run(Arguments { control_fd, guest_id }))
+    Ok(Parsed::Run(Arguments {
+        control_fd,
+        guest_id,
+        seccomp,
+    }))
 }
 
 fn main() -> ExitCode {
+    shoal_vmm::harden::process();
     let arguments = match parse(std::env::args().skip(1)) {
         Ok(Parsed::Run(arguments)) => arguments,
         Ok(Parsed::Print(text)) => {
@@ -87,11 +98,21 @@ fn main() -> ExitCode {
     }
     // SAFETY: it is open, none of the output streams, and nothing else in this process knows it yet.
     let control = unsafe { OwnedFd::from_raw_fd(arguments.control_fd) };
-    match Vmm::new(arguments.guest_id, control).and_then(Vmm::serve) {
-        Ok(reason) => ExitCode::from(reason.exit_code() as u8),
+    if matches!(arguments.seccomp, Mode::Log | Mode::Off) {
+        eprintln!(
+            "guest={} WARNING: --seccomp {}: nothing keeps this VMM, if its guest takes it over, from using all of the kernel",
+            arguments.guest_id, arguments.seccomp
+        );
+    }
+    let ended = Vmm::new(arguments.guest_id, control, arguments.seccomp).and_then(Vmm::serve);
+    let code = match ended {
+        Ok(reason) => reason.exit_code(),
         Err(e) => {
             eprintln!("shoal-vmm: {}", chain(&e));
-            ExitCode::FAILURE
+            1
         }
-    }
+    };
+    // SAFETY: ends the process at once. Nothing is buffered, and exit handlers would need system calls that no filter
+    // allows.
+    unsafe { libc::_exit(code) }
 }

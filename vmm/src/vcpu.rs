@@ -1,34 +1,40 @@
 //! A vCPU and its thread.
 //!
 //! ```text
-//!   spawn ──▶ entering ──KVM_RUN──▶ guest ──exit──▶ serving ──▶ entering …
-//!                │                                     │
-//!                └────────── Shared::is_ending ────────┴──▶ thread ends, gives the vCPU back
+//!   spawn ──▶ filter ──▶ gate ──▶ entering ──KVM_RUN──▶ guest ──exit──▶ serving ──▶ entering …
+//!                          │         │                                     │
+//!                          └─ shut ──┴───────── Shared::is_ending ─────────┴──▶ parked
 //! ```
+//!
+//! A parked thread stays until the process ends, which is soon: the end of a thread takes system calls that its filter
+//! would have to allow all the time.
 //!
 //! To stop one, another thread sets `immediate_exit` in its `kvm_run` and then signals it. Either order of events ends
 //! KVM_RUN: outside of it the flag makes the next one return at once, inside of it the signal does.
 
 use std::io;
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use shoal_seccomp::{Mode, ThreadKind};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
+use crate::gate::Gate;
+use crate::harden;
 use crate::protocol::{ExitReason, Step};
 use crate::shared::Shared;
 
-/// A running vCPU thread.
+/// A vCPU's thread. It lives as long as the process, and the vCPU with it.
 pub struct VcpuThread {
-    /// Ends with the vCPU itself, so that `immediate_exit` stays mapped until the thread has been joined.
-    thread: JoinHandle<VcpuFd>,
+    process: libc::pid_t,
+    /// Zero until it has begun.
+    thread: Arc<AtomicI32>,
     immediate_exit: *mut u8,
 }
 
-// SAFETY: the pointer is only used to store one byte, atomically, into a page that lives as long as `thread`'s vCPU.
+// SAFETY: the pointer is only used to store one byte, atomically, into a page that lives as long as the process.
 unsafe impl Send for VcpuThread {}
 
 extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -42,45 +48,54 @@ pub fn install_kick_handler() -> io::Result<()> {
 }
 
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`.
+    /// Starts the thread of vCPU `index`: it puts itself under its filter, waits at the gate, and runs the guest.
     ///
     /// # Errors
-    /// When no thread can be made.
-    pub fn spawn(index: u8, mut vcpu: VcpuFd, bus: Arc<Bus>, shared: Arc<Shared>) -> io::Result<Self> {
+    /// When no thread can be made; it will not arrive at the gate then.
+    pub fn spawn(
+        index: u8,
+        mut vcpu: VcpuFd,
+        bus: Arc<Bus>,
+        shared: Arc<Shared>,
+        gate: Arc<Gate>,
+        seccomp: Mode,
+    ) -> io::Result<Self> {
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
-        shared.vcpu_starts();
-        let of_thread = shared.clone();
-        let thread = std::thread::Builder::new()
+        let thread = Arc::new(AtomicI32::new(0));
+        let id = thread.clone();
+        std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                if index == 0 {
-                    of_thread.stamp(Step::FirstInstruction);
+                // SAFETY: takes nothing and cannot fail.
+                id.store(unsafe { libc::gettid() }, Ordering::Release);
+                let confined = harden::thread(ThreadKind::Vcpu, seccomp);
+                if gate.arrive(confined, || shared.stamp(Step::FirstInstruction)) {
+                    run(&mut vcpu, &bus, &shared);
                 }
-                run(&mut vcpu, &bus, &of_thread);
-                of_thread.vcpu_ended();
-                vcpu
-            });
-        let thread = thread.inspect_err(|_| shared.vcpu_ended())?;
+                gate.leave();
+                loop {
+                    std::thread::park();
+                }
+            })?;
         Ok(Self {
+            // SAFETY: takes nothing and cannot fail.
+            process: unsafe { libc::getpid() },
             thread,
             immediate_exit,
         })
     }
 
-    /// Makes the thread leave the guest soon.
+    /// Makes the thread leave the guest soon. It leaves the gate within one exit of the guest, once the machine is
+    /// ending.
     pub fn kick(&self) {
-        // SAFETY: the page is mapped until the thread is joined, which takes `self`. The kernel and this thread are
-        // the only ones to touch the byte.
-        unsafe { std::sync::atomic::AtomicU8::from_ptr(self.immediate_exit) }
-            .store(1, std::sync::atomic::Ordering::SeqCst);
-        // SAFETY: the thread has not been joined, so its id is valid even if it has ended.
-        unsafe { libc::pthread_kill(self.thread.as_pthread_t(), SIGRTMIN()) };
-    }
-
-    /// Waits for the thread's end. It comes within one exit of the guest, once the machine is ending and it is kicked.
-    pub fn join(self) {
-        // Panics abort the process, so there is no error to see here.
-        let _ = self.thread.join();
+        // SAFETY: the page is mapped as long as the process lives. The kernel and this thread are the only ones to
+        // touch the byte.
+        unsafe { AtomicU8::from_ptr(self.immediate_exit) }.store(1, Ordering::SeqCst);
+        let thread = self.thread.load(Ordering::Acquire);
+        if thread != 0 {
+            // SAFETY: numbers only. The system call itself, since pthread_kill needs three more.
+            unsafe { libc::syscall(libc::SYS_tgkill, self.process, thread, SIGRTMIN()) };
+        }
     }
 }
 

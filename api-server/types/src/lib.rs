@@ -251,6 +251,10 @@ pub struct Stopped {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub signal: Option<i32>,
+    /// The name of the forbidden system call, with `seccomp-kill`, where the host's kernel tells it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub syscall: Option<String>,
 }
 
 /// Why a guest ended.
@@ -267,6 +271,8 @@ pub enum StopReason {
     KvmError,
     /// It was ended by force.
     Killed,
+    /// Its VMM was ended for a system call that its seccomp filter forbids.
+    SeccompKill,
     /// A signal ended its VMM.
     VmmSignal,
     /// Its VMM ended without saying why.

@@ -19,13 +19,17 @@
 
 mod checks;
 mod probe;
+mod production;
 
 use std::path::Path;
 
 use serde::Serialize;
 
+use shoal_jailer::Degradation;
+
+use crate::config::Confinement;
 use crate::error::chain;
-use crate::launcher::Launcher;
+use crate::launcher::{Launcher, LauncherError};
 
 /// What a machine can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -118,10 +122,15 @@ const EMULATED: f64 = 20.0;
 /// Examines this machine with the VMM program `vmm`. Takes less than a second, unless the VMM hangs (10 s).
 pub async fn examine(vmm: &Path) -> Report {
     let mut checks = checks::all();
+    checks.extend(production::all());
+    // The owner chooses the users of its guests: nobody else's guests run as these.
+    let launcher = Launcher::new(vmm, Path::new("doctor"), &Confinement::default());
+    checks.extend(jail(&launcher));
     let failed = checks.iter().find(|c| c.status == Status::Failed).cloned();
-    let probed = match &failed {
-        Some(check) => Err(check.detail.clone()),
-        None => run_probe(vmm).await,
+    let probed = match (&failed, &launcher) {
+        (None, Ok(launcher)) => run_probe(launcher).await,
+        (Some(check), _) => Err(check.detail.clone()),
+        (None, Err(error)) => Err(chain(error)),
     };
     let (verdict, reason, mut advice) = judge(&probed, failed.is_some());
     if failed.is_none() {
@@ -150,9 +159,39 @@ pub async fn examine(vmm: &Path) -> Report {
     }
 }
 
-async fn run_probe(vmm: &Path) -> Result<Probe, String> {
-    let launcher = Launcher::new(vmm).map_err(|e| format!("the VMM program {vmm:?} cannot be used: {e}"))?;
-    probe::run(&launcher).await.map_err(|e| chain(&e))
+async fn run_probe(launcher: &Launcher) -> Result<Probe, String> {
+    probe::run(launcher).await.map_err(|e| chain(&e))
+}
+
+/// What the jails of this machine and this user lack.
+fn jail(launcher: &Result<Launcher, LauncherError>) -> Vec<Check> {
+    let launcher = match launcher {
+        Ok(launcher) => launcher,
+        Err(error) => {
+            return vec![Check {
+                name: "jail",
+                status: Status::Failed,
+                detail: chain(error),
+                advice: None,
+            }];
+        }
+    };
+    let lacks = launcher.degradations();
+    if lacks.is_empty() {
+        return vec![Check {
+            name: "jail",
+            status: Status::Ok,
+            detail: "every layer of docs/security.md can be had".into(),
+            advice: None,
+        }];
+    }
+    let check = |lack: &Degradation| Check {
+        name: "jail",
+        status: Status::Warning,
+        detail: format!("no {}: {}; {}", lack.what, lack.because, lack.consequence),
+        advice: Some(format!("for {}: {}", lack.what, lack.remedy)),
+    };
+    lacks.iter().map(check).collect()
 }
 
 const SLOW: &str = "use a machine with hardware virtualization (on a cloud machine: bare metal, or nested \

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::{Instruction, Probe};
 use crate::error::HostError;
-use crate::launcher::Launcher;
+use crate::launcher::{Launch, Launcher};
 use crate::link::Link;
 use crate::process::Process;
 use crate::resources::open_kvm;
@@ -25,6 +25,8 @@ use crate::resources::open_kvm;
 /// Instructions that are timed in ring 3 and ring 0. An emulator of 1 million/s needs 0.1 s for the latter.
 const RING3: f64 = 50e6;
 const RING0: f64 = 1e5;
+/// Memory of the guest (bytes).
+const MEMORY: u64 = 32 << 20;
 /// How long one guest may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -140,10 +142,16 @@ async fn guest(launcher: &Launcher, kernel: &LoadedKernel, cmdline: &str) -> Res
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .map_err(|e| io("making a socket pair")(e.into()))?;
     let clone = |file: &File| file.try_clone().map_err(io("duplicating a descriptor"));
-    let child = launcher
-        .spawn("probe", theirs, clone(&log)?)
-        .map_err(io("starting the VMM"))?;
-    let mut process = Process::of_child(child).map_err(io("watching the VMM"))?;
+    let launch = Launch {
+        // Two doctors may be at work at the same time, and so may a guest.
+        guest_id: format!("probe-{}", std::process::id()),
+        control: theirs,
+        log: clone(&log)?,
+        memory_bytes: MEMORY,
+        vcpus: 1,
+    };
+    let (pid, pidfd, lease) = launcher.spawn(launch).map_err(HostError::Jail)?;
+    let mut process = Process::of_child(pid, pidfd, lease).map_err(io("watching the VMM"))?;
     let link = Link::new(ours).map_err(io("preparing the control connection"))?;
 
     let fds: Vec<OwnedFd> = vec![open_kvm()?.into(), clone(&console)?.into()];
@@ -153,7 +161,7 @@ async fn guest(launcher: &Launcher, kernel: &LoadedKernel, cmdline: &str) -> Res
         kvm: FdSlot(0),
         vcpus: 1,
         memory: MemoryConfig {
-            bytes: 32 << 20,
+            bytes: MEMORY,
             pages: Pages::Small,
         },
         kernel: KernelConfig {

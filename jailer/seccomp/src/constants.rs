@@ -91,6 +91,7 @@ pub const CONSTANTS: &[(&str, u64)] = &[
     ("PROT_WRITE", 0x2),
     ("PR_SET_NAME", 0xf),
     ("SIGABRT", 0x6),
+    ("SIGKICK", 0x22),
     ("SIGRTMIN_KERNEL", 0x20),
     ("SIGUSR1", 0xa),
     ("SIG_BLOCK", 0x0),
