@@ -14,6 +14,7 @@
 #define KIND_PVH  1
 #define KIND_LINUX 2
 #define MAGIC 0x5e41c0de
+#define NOWHERE 0xe8000000      /* between guest memory and the interrupt controllers, behind the device windows */
 
 #ifndef LONG64
 .section .note.pvh, "a", @note
@@ -110,7 +111,7 @@ exception:
 service:
     add $16, %rsp
     addq $2, (%rsp)                 # go on behind the ud2
-    cmp $5, %rax
+    cmp $6, %rax
     ja 9f
     jmp *services(,%rax,8)
 
@@ -128,6 +129,10 @@ service_halt:
 service_triple:                     # no IDT, then an exception
     lidt null_pointer
     ud2
+
+service_nowhere:                    # an instruction from where there is no memory: no hypervisor can execute that
+    mov $NOWHERE, %eax
+    jmp *%rax
 
 service_cmpxchg16b:
     push %rbx
@@ -159,6 +164,7 @@ service_int3:
 .balign 8
 services:
     .quad service_spin, service_halt, service_triple, service_cmpxchg16b, service_xrstor, service_int3
+    .quad service_nowhere
 gdt_pointer:
     .word gdt_end - gdt - 1
     .quad gdt

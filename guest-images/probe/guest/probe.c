@@ -7,7 +7,8 @@ typedef unsigned int u32;
 typedef unsigned long u64;
 
 enum { KIND_PVH = 1, KIND_LINUX = 2 };
-enum { SERVICE_SPIN, SERVICE_HALT, SERVICE_TRIPLE, SERVICE_CMPXCHG16B, SERVICE_XRSTOR, SERVICE_INT3 };
+enum { SERVICE_SPIN, SERVICE_HALT, SERVICE_TRIPLE, SERVICE_CMPXCHG16B, SERVICE_XRSTOR, SERVICE_INT3,
+       SERVICE_NOWHERE };
 enum { COM1 = 0x3f8, COM1_LSR = COM1 + 5, I8042_COMMAND = 0x64, I8042_RESET = 0xfe };
 enum { CMDLINE_MAX = 2048, WORD_MAX = 128 };
 #define MAPPED (4ul << 30) // what entry.S maps
@@ -323,6 +324,8 @@ static void leave(const char *how)
     }
     if (equal(how, "triple"))
         ask_ring0(SERVICE_TRIPLE, 0);
+    if (equal(how, "nowhere"))
+        ask_ring0(SERVICE_NOWHERE, 0);
     if (equal(how, "poweroff"))
         out8(SLEEP_CONTROL_PORT, SLEEP_CONTROL_S5);
     if (equal(how, "spin")) // busy for good, for tests that end a guest which does not listen

@@ -305,6 +305,14 @@ fn a_triple_fault_shuts_the_machine_down() {
 }
 
 #[test]
+fn an_instruction_from_nowhere_is_an_internal_error_of_kvm() {
+    let Some(kvm) = kvm() else { return };
+    let run = run(&kvm, probe::PROBE, Entry::Pvh, "exit=nowhere");
+    assert!(matches!(run.end, End::Internal), "{:?}", run.end);
+    assert_eq!(run.output, "probe: ready\n");
+}
+
+#[test]
 fn work_is_counted_in_cycles() {
     let Some(kvm) = kvm() else { return };
     let run = run(
