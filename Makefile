@@ -42,7 +42,7 @@ test: images
 ## test-jail     try to break out of the jail, one line for each attempt
 .PHONY: test-jail
 test-jail: build
-	@jailer/test-jail.sh $(BIN)/shoal-escape
+	@scripts/test-jail.sh
 
 ## lint          rustfmt and clippy, warnings denied
 .PHONY: lint

@@ -52,8 +52,8 @@ pub enum LauncherError {
 
 /// Starts VMM processes.
 ///
-/// A VMM gets its control socket, its log as error output, and nothing else: no environment, no other descriptor, no
-/// file system, no network, a user of its own, and limits where there is a cgroup. Cheap to clone.
+/// A VMM gets its control socket as standard input, its log as error output, and nothing else: no environment, no other
+/// descriptor, no file system, no network, a user of its own, and limits where there is a cgroup. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Launcher(Arc<Inner>);
 
@@ -169,6 +169,9 @@ impl Launcher {
             let (jail, seccomp) = (inner.jailer.mode() != Mode::Off, inner.seccomp);
             tracing::warn!(guest = %launch.guest_id, jail, %seccomp, "a guest is started without all of its confinement");
         }
+        if let Some(kills) = &inner.kills {
+            lock(kills).take_in();
+        }
         let own_user = inner.jailer.mode() == Mode::Root;
         let ids = own_user.then(|| lock(&inner.ids).allocate()).transpose()?;
         let jail = self.jail(&launch, ids).inspect_err(|_| self.release(ids))?;
@@ -199,7 +202,7 @@ impl Launcher {
         let arguments = [
             "shoal-vmm",
             "--control-fd",
-            "3",
+            "0",
             "--guest-id",
             &launch.guest_id,
             "--seccomp",
@@ -210,7 +213,7 @@ impl Launcher {
             index: e.nul_position(),
             why: "it holds a zero byte",
         })?;
-        let fds = [(launch.log.as_fd(), 2), (launch.control.as_fd(), 3)];
+        let fds = [(launch.control.as_fd(), 0), (launch.log.as_fd(), 2)];
         let ids = match ids {
             Some(ids) => ids,
             // Not used without root.

@@ -244,6 +244,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[allow(clippy::zombie_processes, reason = "Process::ended reaps them")]
     async fn tells_how_a_child_ended() {
         let spawn = |script: &str| {
             let mut command = Command::new("/bin/sh");

@@ -13,6 +13,7 @@
 //! So the third it is. Where neither can be read (no CONFIG_AUDIT; rootless with kernel.dmesg_restrict=1), the exit is
 //! still known to be a filter's kill, without the name.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -25,6 +26,8 @@ use crate::error::Degradation;
 const AUDIT_SECCOMP: u16 = 1326;
 /// Longer records are not of interest.
 const RECORD: usize = 8192;
+/// Records of other processes that are kept until somebody asks for them.
+const KEPT: usize = 256;
 
 /// A forbidden system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +54,8 @@ impl SeccompKill {
 #[derive(Debug)]
 pub struct KillLog {
     source: Source,
+    /// Read, but nobody has asked for it yet: the newest last.
+    unasked: VecDeque<(i32, SeccompKill)>,
 }
 
 #[derive(Debug)]
@@ -69,6 +74,7 @@ impl KillLog {
             Ok(socket) => {
                 return Ok(KillLog {
                     source: Source::Audit(socket),
+                    unasked: VecDeque::new(),
                 });
             }
             Err(error) => error,
@@ -81,6 +87,7 @@ impl KillLog {
         match log {
             Ok(file) => Ok(KillLog {
                 source: Source::Kernel(file),
+                unasked: VecDeque::new(),
             }),
             Err(error) => Err(Degradation {
                 what: "names of forbidden system calls",
@@ -96,16 +103,24 @@ impl KillLog {
     pub fn find(&mut self, pid: i32, patience: Duration) -> Option<SeccompKill> {
         let deadline = Instant::now() + patience;
         loop {
-            while let Some(record) = self.next() {
-                if let Some((killed, kill)) = parse(&record)
-                    && killed == pid
-                {
-                    return Some(kill);
-                }
+            self.take_in();
+            // The newest: numbers of processes are used again.
+            if let Some(at) = self.unasked.iter().rposition(|(killed, _)| *killed == pid) {
+                return self.unasked.remove(at).map(|(_, kill)| kill);
             }
             let left = deadline.checked_duration_since(Instant::now())?;
-            if !self.wait(left) {
+            if left.is_zero() || !self.wait(left) {
                 return None;
+            }
+        }
+    }
+
+    /// Reads the records there are. To be called now and then, lest the kernel have no room for new ones.
+    pub fn take_in(&mut self) {
+        while let Some(record) = self.next() {
+            self.unasked.extend(parse(&record));
+            if self.unasked.len() > KEPT {
+                self.unasked.pop_front();
             }
         }
     }
