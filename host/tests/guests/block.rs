@@ -49,5 +49,8 @@ fn what_is_flushed_survives_a_reset() {
     let end = guest.end();
     assert_eq!(end.reason, StopReason::PowerOff, "{}", end.console);
     assert_eq!(end.exit_code, Some(42), "{}", end.console);
-    assert!(fs::read(&locked).unwrap().iter().all(|b| *b == 0), "the read-only disk was written");
+    assert!(
+        fs::read(&locked).unwrap().iter().all(|b| *b == 0),
+        "the read-only disk was written"
+    );
 }

@@ -32,7 +32,9 @@ fn boots(test: &str, kernel: &str, vcpus: u32) {
     let all = |key: &str| -> Vec<u32> {
         let lines = console.lines().filter_map(|line| line.split_once(':'));
         let values = lines.filter(|(k, _)| k.trim() == key).map(|(_, v)| v.trim());
-        values.map(|v| v.parse().unwrap_or_else(|e| panic!("{key}: {v}: {e}"))).collect()
+        values
+            .map(|v| v.parse().unwrap_or_else(|e| panic!("{key}: {v}: {e}")))
+            .collect()
     };
     let n = vcpus as usize;
     let ids: Vec<u32> = (0..vcpus).collect();
@@ -40,15 +42,25 @@ fn boots(test: &str, kernel: &str, vcpus: u32) {
     assert_eq!(all("apicid"), ids);
     assert_eq!(all("core id"), ids, "each vCPU is a core of its own");
     assert_eq!(all("physical id"), vec![0; n], "all in one package");
-    assert_eq!((all("siblings"), all("cpu cores")), (vec![vcpus; n], vec![vcpus; n]));
+    assert_eq!(
+        (all("siblings"), all("cpu cores")),
+        (vec![vcpus; n], vec![vcpus; n])
+    );
 
     let timeline = &guest.view().timeline;
     let at = |step: &str| {
         let found = timeline.iter().find(|(s, _)| s == step);
         found.unwrap_or_else(|| panic!("no {step} in {timeline:?}")).1
     };
-    assert!(at("first-instruction") < at("init") && at("init") < at("guest-ready"), "{timeline:?}");
-    println!("{test}: init after {:.0} ms, ready after {:.0} ms", at("init"), at("guest-ready"));
+    assert!(
+        at("first-instruction") < at("init") && at("init") < at("guest-ready"),
+        "{timeline:?}"
+    );
+    println!(
+        "{test}: init after {:.0} ms, ready after {:.0} ms",
+        at("init"),
+        at("guest-ready")
+    );
 }
 
 #[test]

@@ -48,18 +48,25 @@ pub fn kvm_opens(test: &str) -> bool {
 fn built(variable: &str, folder: &str, name: &str) -> Result<PathBuf, String> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../build");
     let mine = std::env::current_exe().expect("a program has a path");
-    let beside = mine.parent().and_then(Path::parent).map(|build| build.join(folder));
+    let beside = mine
+        .parent()
+        .and_then(Path::parent)
+        .map(|build| build.join(folder));
     let candidates: Vec<PathBuf> = match std::env::var_os(variable) {
         Some(dir) => vec![PathBuf::from(dir)],
         None => beside.into_iter().chain([workspace.join(folder)]).collect(),
     };
-    let found = candidates.iter().map(|dir| dir.join(name)).find(|path| path.exists());
+    let found = candidates
+        .iter()
+        .map(|dir| dir.join(name))
+        .find(|path| path.exists());
     // The daemon wants absolute paths.
     let found = found.and_then(|path| path.canonicalize().ok());
     found.ok_or_else(|| format!("{name} is in none of {candidates:?}; make it with: make build images"))
 }
 
-fn program(name: &str) -> Result<PathBuf, String> {
+/// A program of Shoal's, or why there is none.
+pub fn program(name: &str) -> Result<PathBuf, String> {
     built("SHOAL_BIN_DIR", "bin", name)
 }
 
@@ -82,7 +89,11 @@ impl Fleet {
         let vmm = program("shoal-vmm").expect("shoal-vmm is built");
         // Several threads: guests are served while a test waits for something else.
         let runtime = Runtime::new().expect("a runtime");
-        let config = HostConfig::new(dir.path().join("state"), vmm);
+        let mut config = HostConfig::new(dir.path().join("state"), vmm);
+        // scripts/policy-check.sh counts the system calls of these guests' VMMs.
+        if let Ok(mode) = std::env::var("SHOAL_SECCOMP") {
+            config.confinement.seccomp = mode.parse().expect("a mode of --seccomp");
+        }
         let host = runtime.block_on(Host::open(config)).expect("opening the host");
         Self { runtime, host, dir }
     }
@@ -104,6 +115,13 @@ impl Fleet {
         let path = self.path(name);
         let file = std::fs::File::create(&path).expect("making a disk");
         file.set_len(bytes).expect("making a disk");
+        path
+    }
+
+    /// The probe guest's kernel.
+    pub fn probe(&self) -> PathBuf {
+        let path = self.path("probe.elf");
+        std::fs::write(&path, shoal_probe::PROBE).expect("writing the probe");
         path
     }
 
@@ -193,15 +211,17 @@ impl Guest<'_> {
     /// Asks it to stop, and ends it at the deadline.
     #[track_caller]
     pub fn stop(&self, deadline: Duration) -> End {
-        let stopped = self.fleet.wait("stopping", self.fleet.host.stop(&self.id, deadline));
+        let stopped = self
+            .fleet
+            .wait("stopping", self.fleet.host.stop(&self.id, deadline));
         stopped.expect("it can be stopped");
         self.end()
     }
 
     fn follow(&self, until: Option<&str>) -> (String, bool) {
         let mut seen = Vec::new();
-        let mut reader = self.fleet.host.console_stream(&self.id, 0).expect("a console");
         let follow = async {
+            let mut reader = self.fleet.host.console_stream(&self.id, 0).expect("a console");
             while let Some(chunk) = reader.next().await.expect("reading the console") {
                 seen.extend(chunk.bytes);
                 if until.is_some_and(|text| String::from_utf8_lossy(&seen).contains(text)) {
@@ -210,7 +230,10 @@ impl Guest<'_> {
             }
             false
         };
-        let found = self.fleet.runtime.block_on(async { tokio::time::timeout(PATIENCE, follow).await });
+        let found = self
+            .fleet
+            .runtime
+            .block_on(async { tokio::time::timeout(PATIENCE, follow).await });
         let console = String::from_utf8_lossy(&seen).into_owned();
         match found {
             Ok(found) => (console, found),
@@ -223,7 +246,10 @@ impl Guest<'_> {
 /// kernel and for init may come before the script.
 pub fn jeos(words: &str, script: &[&str]) -> GuestSpec {
     let script = script.join("; ");
-    assert!(!script.contains('"'), "the command line knows no quotes in quotes");
+    assert!(
+        !script.contains('"'),
+        "the command line knows no quotes in quotes"
+    );
     let root = Disk {
         id: "root".into(),
         path: image("test/rootfs.erofs"),
@@ -239,9 +265,65 @@ pub fn jeos(words: &str, script: &[&str]) -> GuestSpec {
     }
 }
 
+/// A TAP with an address on this machine, for as long as this lives.
+pub struct Tap(String);
+
+impl Tap {
+    /// Makes one; its name is this process's own.
+    ///
+    /// # Errors
+    /// Why this machine lets us have none.
+    pub fn new(address: &str) -> Result<Self, String> {
+        let name = format!("shoalt{}", std::process::id());
+        // iproute2's ip, else busybox's own tool.
+        run("ip", &["tuntap", "add", "dev", &name, "mode", "tap"])
+            .or_else(|first| run("tunctl", &["-t", &name]).map_err(|second| format!("{first}; {second}")))?;
+        let tap = Self(name);
+        run("ip", &["addr", "add", address, "dev", &tap.0])?;
+        run("ip", &["link", "set", &tap.0, "up"])?;
+        Ok(tap)
+    }
+
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// One of its counters.
+    pub fn counter(&self, name: &str) -> u64 {
+        let path = format!("/sys/class/net/{}/statistics/{name}", self.0);
+        let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if let Err(first) = run("ip", &["link", "del", &self.0])
+            && let Err(second) = run("tunctl", &["-d", &self.0])
+        {
+            println!("the interface {} is left: {first}; {second}", self.0);
+        }
+    }
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<(), String> {
+    let said = |why: String| format!("{program} {}: {}", arguments.join(" "), why.trim());
+    let output = std::process::Command::new(program).args(arguments).output();
+    let output = output.map_err(|e| said(e.to_string()))?;
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(said(String::from_utf8_lossy(&output.stderr).into_owned()))
+    }
+}
+
 /// The value of a line `name=value` of a console.
 #[track_caller]
 pub fn value<'c>(console: &'c str, name: &str) -> &'c str {
-    let value = console.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-    value.unwrap_or_else(|| panic!("no {name}= in:\n{console}")).trim()
+    let value = console
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    value
+        .unwrap_or_else(|| panic!("no {name}= in:\n{console}"))
+        .trim()
 }

@@ -73,7 +73,12 @@ fn work(words: &[&str]) -> io::Result<()> {
 }
 
 fn vsock() -> io::Result<OwnedFd> {
-    Ok(socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?)
+    Ok(socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?)
 }
 
 fn vsock_accept(port: u32) -> io::Result<OwnedFd> {

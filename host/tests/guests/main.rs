@@ -10,5 +10,11 @@
 mod block;
 mod boot;
 mod fleet;
+mod hostile;
+mod memory;
+mod net;
 mod pattern;
+mod rng;
+mod stock;
+mod stop;
 mod vsock;

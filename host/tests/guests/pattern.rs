@@ -60,7 +60,12 @@ pub fn expect(from: &mut impl Read, seed: u64, len: u64) -> io::Result<()> {
         }
         pattern.fill(&mut want[..n]);
         if let Some(i) = (0..n).find(|&i| got[i] != want[i]) {
-            return wrong(format!("byte {} is {:#x}, not {:#x}", at + i as u64, got[i], want[i]));
+            return wrong(format!(
+                "byte {} is {:#x}, not {:#x}",
+                at + i as u64,
+                got[i],
+                want[i]
+            ));
         }
         at += n as u64;
     }

@@ -13,13 +13,21 @@ const BYTES: u64 = 4 << 20;
 
 /// Asks the guest's socket for a port; `None` when nobody listens there.
 fn dial(guest: &Guest<'_>, port: u32) -> Option<UnixStream> {
-    let path = guest.view().vsock.as_ref().expect("it has a socket device").socket.clone();
+    let path = guest
+        .view()
+        .vsock
+        .as_ref()
+        .expect("it has a socket device")
+        .socket
+        .clone();
     let mut stream = UnixStream::connect(path).expect("connecting to vsock.sock");
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     writeln!(stream, "CONNECT {port}").unwrap();
     // One byte at a time: what follows the line is the guest's.
     let mut line = String::new();
-    BufReader::with_capacity(1, &stream).read_line(&mut line).expect("an answer");
+    BufReader::with_capacity(1, &stream)
+        .read_line(&mut line)
+        .expect("an answer");
     match line.strip_prefix("OK ") {
         Some(_) => Some(stream),
         None => {
@@ -40,7 +48,10 @@ fn sockets_both_ways() {
     let refused = "if guest-work vsock-connect 6001 1; then exit 3; fi";
     let guest = fleet.start(jeos("", &[&listen, &connect, refused, "exit 42"]));
     guest.await_output("listening at 5000");
-    assert!(dial(&guest, 5999).is_none(), "nobody listens at port 5999 of the guest");
+    assert!(
+        dial(&guest, 5999).is_none(),
+        "nobody listens at port 5999 of the guest"
+    );
 
     let socket = guest.view().vsock.as_ref().unwrap().socket.clone();
     let listener = UnixListener::bind(format!("{}_6000", socket.display())).unwrap();
@@ -56,8 +67,16 @@ fn sockets_both_ways() {
     drop(stream);
 
     let end = guest.end();
-    assert_eq!((&end.reason, end.exit_code), (&StopReason::PowerOff, Some(42)), "{}", end.console);
+    assert_eq!(
+        (&end.reason, end.exit_code),
+        (&StopReason::PowerOff, Some(42)),
+        "{}",
+        end.console
+    );
     let refused = end.console.lines().find(|l| l.contains("vsock-connect 6001"));
-    println!("sockets_both_ways: {}", refused.unwrap_or("the refusal was not told"));
+    println!(
+        "sockets_both_ways: {}",
+        refused.unwrap_or("the refusal was not told")
+    );
     assert!(refused.is_some_and(|l| l.contains("failed: ")), "{}", end.console);
 }

@@ -1,0 +1,56 @@
+//! Debian's own cloud kernel: it knows nothing of Shoal and finds all devices by ACPI, its drivers are modules.
+
+use shoal_host::{Disk, GuestSpec, StopReason, Vsock};
+
+use crate::fleet::{Fleet, PATIENCE, image, linux_runs, value};
+use crate::pattern::{self, DISK};
+
+const BYTES: u64 = 1 << 20;
+
+#[test]
+fn a_stock_kernel_finds_its_devices_by_acpi() {
+    if !linux_runs("a_stock_kernel_finds_its_devices_by_acpi") {
+        return;
+    }
+    let fleet = Fleet::new();
+    let disk = fleet.disk_file("disk", BYTES);
+    let write = format!("guest-work disk-write /dev/vda {BYTES}");
+    let script = [
+        "echo release=$(uname -r)",
+        "echo cpus=$(nproc)",
+        "cd /sys/bus/platform/drivers/virtio-mmio && echo found=$(ls -d LNRO0005:*)",
+        "echo serial=$(cat /sys/block/vda/serial)",
+        "echo random=$(cat /sys/class/misc/hw_random/rng_current)",
+        &write,
+        "exec sleep 100000",
+    ];
+    let spec = GuestSpec {
+        cmdline: format!("console=ttyS0 panic=-1 quiet -- sh -c \"{}\"", script.join("; ")),
+        initrd: Some(image("stock/initramfs.cpio.gz")),
+        disks: vec![Disk {
+            id: "data".into(),
+            path: disk.clone(),
+            read_only: false,
+        }],
+        vsock: Some(Vsock::default()),
+        ..GuestSpec::new(image("stock/vmlinuz"), 2, 256)
+    };
+    let guest = fleet.start(spec);
+    guest.await_output("guest-work: disk-write");
+    // The power button, by the generic event device and the kernel's modules; then S5.
+    let end = guest.stop(PATIENCE);
+    assert_eq!(end.reason, StopReason::PowerOff, "{}", end.console);
+    let console = &end.console;
+    assert!(value(console, "release").contains("cloud"), "{console}");
+    assert_eq!(value(console, "cpus"), "2");
+    assert_eq!(value(console, "found"), "LNRO0005:00 LNRO0005:01 LNRO0005:02");
+    assert_eq!(value(console, "serial"), "data");
+    assert_eq!(value(console, "random"), "virtio_rng.0");
+    assert!(console.contains("shoal-init: asked to stop"), "{console}");
+    assert_eq!(
+        end.exit_code,
+        Some(128 + 15),
+        "the workload ended by SIGTERM: {console}"
+    );
+    pattern::expect(&mut std::fs::File::open(&disk).unwrap(), DISK, BYTES).expect("the guest's data");
+}
