@@ -94,10 +94,12 @@ fn run(config: &Config) {
         }
     };
     sys::write_port(MARK_PORT, MARK_READY);
+    // Opened before the guest says that it is ready: a press that nobody listens for is lost.
+    let buttons = button::open();
     let ready_at = sys::uptime_ns();
     say("ready");
     let mut host = Host::call();
-    let code = supervise::until_exit(&workload, config, &signals, &mut host, ready_at);
+    let code = supervise::until_exit(&workload, config, &signals, &mut host, buttons, ready_at);
     sys::write_port(MARK_PORT, MARK_EXITED);
     supervise::end_stragglers(&signals);
     say(&format!("workload exited with code {code}"));

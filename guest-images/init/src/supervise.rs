@@ -6,6 +6,7 @@ use crate::console::say;
 use crate::host::Host;
 use crate::sys::{self, Reaped};
 use crate::workload::Workload;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -38,9 +39,9 @@ pub fn until_exit(
     config: &Config,
     signals: &OwnedFd,
     host: &mut Host,
+    mut buttons: Vec<File>,
     ready_at: u64,
 ) -> i32 {
-    let mut buttons = button::open();
     let mut phase = Phase::Running;
     loop {
         let mut fds = vec![poll_entry(signals.as_raw_fd(), libc::POLLIN)];

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use shoal_host::doctor::{Verdict, examine};
 use shoal_host::{Disk, GuestSpec, GuestView, Host, HostConfig, State, StopReason, Vsock, now_ns};
 use tokio::runtime::Runtime;
@@ -142,10 +141,11 @@ impl Drop for Fleet {
     fn drop(&mut self) {
         // Guests outlive their host; these must not outlive their test.
         for guest in self.host.list() {
-            let pid = guest.pid.and_then(|pid| Pid::from_raw(pid as i32));
-            if let Some(Ok(vmm)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
-                // It may have ended by itself meanwhile.
-                let _ = pidfd_send_signal(&vmm, Signal::KILL);
+            let deleted = async { tokio::time::timeout(PATIENCE, self.host.delete(&guest.id, true)).await };
+            match self.runtime.block_on(deleted) {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => println!("guest {} is left: {}", guest.id, shoal_host::chain(&e)),
+                Err(_) => println!("guest {} is left: its VMM does not end", guest.id),
             }
         }
     }

@@ -41,6 +41,30 @@ fn stops_when_told_over_vsock() {
 }
 
 #[test]
+fn stops_at_the_power_button_alone() {
+    if !linux_runs("stops_at_the_power_button_alone") {
+        return;
+    }
+    let fleet = Fleet::new();
+    let mut spec = jeos("", &[SLEEP]);
+    spec.vsock = None;
+    let guest = fleet.start(spec);
+    guest.await_output("shoal-init: ready");
+    let end = guest.stop(PATIENCE);
+    assert_eq!(
+        (&end.reason, end.exit_code),
+        (&StopReason::PowerOff, None),
+        "{}",
+        end.console
+    );
+    assert!(
+        end.console.contains("shoal-init: asked to stop"),
+        "{}",
+        end.console
+    );
+}
+
+#[test]
 fn is_killed_at_the_deadline() {
     if !linux_runs("is_killed_at_the_deadline") {
         return;
