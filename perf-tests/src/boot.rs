@@ -1,120 +1,259 @@
-//! Boot latency.
+//! Boot latency of the probe guest: the VMM's own cost, in turns with the floor and with other VMMs.
 
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
 use shoal_vmm::protocol::{Pages, Step};
 
-use crate::driver::{Guest, Started, sibling, start_floor, start_vmm};
-use crate::stats::{median, quantile};
+use crate::driver::{Guest, Jails, Started, Way, sibling, start_floor, start_vmm};
+use crate::peers::{Peer, PeerArg};
+use crate::results::{ProbeBoot, Stage, Subject};
+use crate::signal::interrupted;
+use crate::stats::median;
 
-/// The command line behind Firecracker's 134 ms (docs/performance.md tells where it comes from).
-const REFERENCE_CMDLINE: &str = "console=ttyS0 quiet 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.nopnp \
-    i8042.dumbkbd reboot=k panic=-1 pci=off nokaslr";
-const REFERENCE_MEMORY_MIB: u64 = 128;
+/// What [`probe`] measures.
+pub const PROBE: &str = "/dev/kvm with the probe guest, in turns with the raw-ioctl floor";
+
 const WARM_UP: u32 = 3;
+/// Memory of the probe guest (MiB), with every program that is compared.
+pub const PROBE_MEMORY_MIB: u64 = 128;
+const SHOAL: &str = "shoal-vmm";
+const UNJAILED: &str = "shoal-vmm, by the jailer without a jail";
+const JAILED: &str = "shoal-vmm, jailed";
 
-fn ms(d: std::time::Duration) -> f64 {
+pub fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1e3
 }
 
-fn bar(runs: u32) -> ProgressBar {
+/// A progress bar, drawn only where somebody looks.
+pub fn bar(length: u32, what: &'static str) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(runs.into())
+    ProgressBar::new(length.into())
         .with_style(style)
-        .with_message("starts")
+        .with_message(what)
 }
 
-/// The result of `boot --probe --json`. Times in ms, medians of `runs` interleaved starts.
-#[derive(Serialize)]
-struct ProbeResult {
-    method: &'static str,
-    runs: u32,
-    floor_ms: f64,
-    vmm_ms: f64,
-    ratio: f64,
-    floor_p90_ms: f64,
-    vmm_p90_ms: f64,
-    floor_samples_ms: Vec<f64>,
-    vmm_samples_ms: Vec<f64>,
-    /// The VMM's own stamps, from its `main` on (medians, ms).
-    stages: Vec<Stage>,
+/// What `boot --probe` measures beside the VMM.
+#[derive(clap::Args)]
+pub struct BesideArgs {
+    /// With --probe: also in turns with starts by the jailer, without and with jail and filters
+    #[arg(long, requires = "probe")]
+    jail: bool,
+    /// With --jail: the cgroup (version 2, an absolute path) that the jails lie in
+    #[arg(long, value_name = "PATH", requires = "jail")]
+    cgroup: Option<PathBuf>,
+    /// With --probe: also in turns with another VMM: qemu=PATH, firecracker=PATH or cloud-hypervisor=PATH (repeatable)
+    #[arg(long = "peer", value_name = "NAME=PATH", requires = "probe")]
+    peers: Vec<PeerArg>,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Stage {
-    step: String,
-    at_ms: f64,
-}
-
-/// The VMM with a bare-metal guest and the floor, in turns.
-pub fn probe(runs: u32, json: bool) -> Result<()> {
-    let (vmm, floor) = (sibling("shoal-vmm")?, sibling("shoal-floor")?);
-    let mut file = tempfile_with(shoal_probe::HALT_PVH)?;
-    let kernel = shoal_vmm::kernel::load(&file).context("loading the probe guest")?;
-    file.flush()?;
-    let guest = Guest {
-        kernel,
+/// The halting probe guest, ready to be mapped.
+pub fn probe_guest() -> Result<Guest> {
+    let mut file = tempfile::tempfile().context("making a temporary file")?;
+    file.write_all(shoal_probe::HALT_PVH)?;
+    Ok(Guest {
+        kernel: shoal_vmm::kernel::load(&file).context("loading the probe guest")?,
         initrd: None,
         cmdline: String::new(),
-        memory_mib: 128,
+        memory_mib: PROBE_MEMORY_MIB,
         pages: Pages::Small,
-    };
-    let (mut floors, mut vmms, mut timelines) = (Vec::new(), Vec::new(), Vec::new());
-    let progress = bar(runs);
-    for run in 0..WARM_UP + runs {
-        let f = start_floor(&floor)?;
-        let v = start_vmm(&vmm, &guest, b"R")?;
-        if run >= WARM_UP {
-            floors.push(ms(f));
-            vmms.push(ms(v.elapsed));
-            timelines.push(v);
-            progress.inc(1);
-        }
-    }
-    progress.finish_and_clear();
-    let result = ProbeResult {
-        method: "/dev/kvm with the probe guest, in turns with the raw-ioctl floor",
-        runs,
-        floor_ms: median(&floors),
-        vmm_ms: median(&vmms),
-        ratio: median(&vmms) / median(&floors),
-        floor_p90_ms: quantile(&floors, 0.9),
-        vmm_p90_ms: quantile(&vmms, 0.9),
-        stages: stages(&timelines),
-        floor_samples_ms: floors,
-        vmm_samples_ms: vmms,
-    };
-    if json {
-        println!("{}", serde_json::to_string_pretty(&result)?);
-    } else {
-        println!("process start to first guest output, medians of {runs} starts in turns:");
-        println!("  floor (raw KVM calls)  {:8.3} ms", result.floor_ms);
-        println!("  shoal-vmm              {:8.3} ms", result.vmm_ms);
-        println!("  ratio                  {:8.2}", result.ratio);
-        print_stages(&result.stages);
-    }
-    Ok(())
+    })
 }
 
-/// Medians of when each step was reached, from the VMM's first stamp on.
-fn stages(started: &[Started]) -> Vec<Stage> {
+/// Something that is started once a turn.
+struct Contender<'a> {
+    name: String,
+    version: String,
+    start: Start<'a>,
+    samples_ms: Vec<f64>,
+    /// Why it is started no more.
+    failed: Option<String>,
+}
+
+enum Start<'a> {
+    Floor(&'a Path),
+    Shoal(Way<'a>),
+    Peer(&'a Peer),
+}
+
+impl<'a> Contender<'a> {
+    fn new(name: &str, version: &str, start: Start<'a>) -> Self {
+        Self {
+            name: name.into(),
+            version: version.into(),
+            start,
+            samples_ms: Vec::new(),
+            failed: None,
+        }
+    }
+
+    /// Starts it once; the second value is there for Shoal's.
+    fn once(&self, guest: &Guest) -> Result<(f64, Option<Started>)> {
+        Ok(match &self.start {
+            Start::Floor(path) => (ms(start_floor(path)?), None),
+            Start::Peer(peer) => (ms(peer.start()?), None),
+            Start::Shoal(way) => {
+                let started = start_vmm(way, guest, b"R")?;
+                (ms(started.elapsed), Some(started))
+            }
+        })
+    }
+}
+
+/// Starts all in turns, every second turn in the opposite order.
+pub fn probe(runs: u32, beside: &BesideArgs) -> Result<ProbeBoot> {
+    let (vmm, floor) = (sibling("shoal-vmm")?, sibling("shoal-floor")?);
+    let guest = probe_guest()?;
+    let jails = match beside.jail {
+        true => Some((Jails::off(&vmm)?, Jails::full(&vmm, beside.cgroup.as_deref())?)),
+        false => None,
+    };
+    let peers = find_peers(&beside.peers);
+    let mut all = vec![
+        Contender::new("floor", "", Start::Floor(&floor)),
+        Contender::new(SHOAL, "", Start::Shoal(Way::Plain(&vmm))),
+    ];
+    if let Some((off, full)) = &jails {
+        all.push(Contender::new(UNJAILED, "", Start::Shoal(Way::Jailer(off))));
+        all.push(Contender::new(JAILED, "", Start::Shoal(Way::Jailer(full))));
+    }
+    all.extend(
+        peers
+            .iter()
+            .map(|p| Contender::new(p.name(), p.version(), Start::Peer(p))),
+    );
+    let timelines = take_turns(&mut all, &guest, runs)?;
+    let lacks = jails
+        .as_ref()
+        .map(|(_, full)| full.lacks().map(str::to_owned).collect());
+    Ok(result(&all, &timelines, lacks.unwrap_or_default()))
+}
+
+/// A peer that cannot be used is told, and the rest goes on.
+fn find_peers(args: &[PeerArg]) -> Vec<Peer> {
+    let found = args.iter().map(|arg| (arg, Peer::new(arg)));
+    found
+        .filter_map(|(arg, peer)| match peer {
+            Ok(peer) => Some(peer),
+            Err(e) => {
+                eprintln!("shoal-perf: the peer {arg} is left out: {e:#}");
+                None
+            }
+        })
+        .collect()
+}
+
+/// Timelines of the plain shoal-vmm. A turn that was interrupted does not count.
+fn take_turns(all: &mut [Contender<'_>], guest: &Guest, runs: u32) -> Result<Vec<Started>> {
+    let mut timelines = Vec::new();
+    let progress = bar(runs, "turns");
+    for run in 0..WARM_UP + runs {
+        let mut order: Vec<usize> = (0..all.len()).filter(|&i| all[i].failed.is_none()).collect();
+        if run % 2 == 1 {
+            order.reverse();
+        }
+        let mut turn = Vec::new();
+        for i in order {
+            if interrupted() {
+                break;
+            }
+            match all[i].once(guest) {
+                Ok(once) => turn.push((i, once)),
+                // Ctrl-C reaches the floor and the peers too.
+                Err(_) if interrupted() => {}
+                Err(e) if matches!(all[i].start, Start::Peer(_)) => {
+                    progress
+                        .suspend(|| eprintln!("shoal-perf: {} is left out from here on: {e:#}", all[i].name));
+                    all[i].failed = Some(format!("{e:#}"));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        if interrupted() {
+            break;
+        }
+        if run < WARM_UP {
+            continue;
+        }
+        for (i, (sample, started)) in turn {
+            all[i].samples_ms.push(sample);
+            timelines.extend(started.filter(|_| all[i].name == SHOAL));
+        }
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    if timelines.is_empty() {
+        bail!("interrupted before the first turn was done");
+    }
+    Ok(timelines)
+}
+
+fn result(all: &[Contender<'_>], timelines: &[Started], jail_lacks: Vec<String>) -> ProbeBoot {
+    let of = |name: &str| {
+        all.iter()
+            .find(|c| c.name == name)
+            .map(|c| c.samples_ms.as_slice())
+    };
+    let median_of = |name| of(name).map(median);
+    let shoal = of(SHOAL).unwrap_or_default();
+    let (floor_ms, vmm_ms) = (median_of("floor").unwrap_or_default(), median(shoal));
+    let measured = all.iter().filter(|c| !c.samples_ms.is_empty());
+    ProbeBoot {
+        runs: timelines.len() as u32,
+        floor_ms,
+        vmm_ms,
+        ratio: vmm_ms / floor_ms,
+        jail_adds_ms: median_of(JAILED)
+            .zip(median_of(UNJAILED))
+            .map(|(with, without)| with - without),
+        jail_lacks,
+        subjects: measured
+            .map(|c| Subject::new(&c.name, &c.version, c.samples_ms.clone(), shoal))
+            .collect(),
+        stages: stages(timelines),
+    }
+}
+
+/// Prints the comparison as a table.
+pub fn print(boot: &ProbeBoot) {
+    println!(
+        "process start to first guest output, medians of {} starts in turns:",
+        boot.runs
+    );
+    println!(
+        "{:<42} {:>9} {:>9} {:>9}  95 % interval",
+        "", "ms", "p90", "÷ shoal"
+    );
+    for s in &boot.subjects {
+        let (low, high) = s.ratio_interval;
+        println!(
+            "  {:<40} {:9.3} {:9.3} {:9.2}  {low:.2} to {high:.2}",
+            s.name, s.median_ms, s.p90_ms, s.ratio_to_shoal
+        );
+    }
+    println!("  shoal-vmm ÷ floor {:32.2}", boot.ratio);
+    if let Some(adds) = boot.jail_adds_ms {
+        println!("  the jail adds {adds:37.3} ms (jailed less unjailed, both by the jailer)");
+    }
+    if !boot.jail_lacks.is_empty() {
+        println!("  the jail lacks: {}", boot.jail_lacks.join(", "));
+    }
+    print_stages(&boot.stages);
+}
+
+/// Medians of when each step was reached, from process start on, in their order.
+pub fn stages(started: &[Started]) -> Vec<Stage> {
     let Some(first) = started.first() else {
         return Vec::new();
     };
-    let since_start = |s: &Started, step: Step| {
-        let begin = s.timeline.at(Step::ProcessStarted)?;
-        Some(s.timeline.at(step)?.saturating_sub(begin) as f64 / 1e6)
-    };
+    let since_start =
+        |s: &Started, step: Step| Some(s.timeline.at(step)?.saturating_sub(s.begin_ns) as f64 / 1e6);
     let steps = first.timeline.stamps.iter().map(|s| s.step);
-    steps
+    let mut stages: Vec<Stage> = steps
         .map(|step| {
             let samples: Vec<f64> = started.iter().filter_map(|s| since_start(s, step)).collect();
             Stage {
@@ -122,196 +261,22 @@ fn stages(started: &[Started]) -> Vec<Stage> {
                 at_ms: median(&samples),
             }
         })
-        .collect()
+        .collect();
+    let ends: Vec<f64> = started.iter().map(|s| ms(s.elapsed)).collect();
+    stages.push(Stage {
+        step: "OutputRead".into(),
+        at_ms: median(&ends),
+    });
+    stages.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
+    stages
 }
 
-fn print_stages(stages: &[Stage]) {
-    println!("from the VMM's main on (medians):");
+/// Prints stages as a table.
+pub fn print_stages(stages: &[Stage]) {
+    println!("from process start on (medians):");
+    let mut before = 0.0;
     for s in stages {
-        println!("  {:<22} {:8.3} ms", s.step, s.at_ms);
+        println!("  {:<22} {:8.3} ms  +{:.3}", s.step, s.at_ms, s.at_ms - before);
+        before = s.at_ms;
     }
-}
-
-fn tempfile_with(bytes: &[u8]) -> Result<File> {
-    let mut file = tempfile::tempfile().context("making a temporary file")?;
-    file.write_all(bytes)?;
-    Ok(file)
-}
-
-/// What a Linux guest is booted from, and how its boot is seen to be done.
-#[derive(clap::Args)]
-pub struct LinuxArgs {
-    /// The kernel of --lab and --here: an ELF vmlinux or a bzImage [default: the reference kernel of `make bench`]
-    #[arg(long)]
-    kernel: Option<PathBuf>,
-    /// The initial RAM disk of --lab and --here [default: the reference one of `make bench`]
-    #[arg(long)]
-    initrd: Option<PathBuf>,
-    /// The kernel's command line with --lab and --here
-    #[arg(long, default_value = REFERENCE_CMDLINE, hide_default_value = true)]
-    cmdline: String,
-    /// The pages behind the guest's memory with --lab and --here
-    #[arg(long, value_enum, default_value = "host")]
-    pages: PagesArg,
-    /// The console output to wait for with --lab and --here
-    #[arg(long, default_value = "GUEST-UP")]
-    marker: String,
-    /// Prints what the guest of the last start wrote to its console up to the marker, to standard error
-    #[arg(long)]
-    console: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum PagesArg {
-    /// As the host has it set
-    Host,
-    /// 4 KiB pages only
-    Small,
-    /// Transparent huge pages where the host has them
-    Transparent,
-}
-
-impl From<PagesArg> for Pages {
-    fn from(arg: PagesArg) -> Self {
-        match arg {
-            PagesArg::Host => Self::Host,
-            PagesArg::Small => Self::Small,
-            PagesArg::Transparent => Self::Transparent,
-        }
-    }
-}
-
-/// [`LinuxArgs`] with the files found.
-pub struct Linux {
-    args: LinuxArgs,
-    kernel: PathBuf,
-    initrd: PathBuf,
-}
-
-impl LinuxArgs {
-    /// Finds the files: the given ones, else the reference ones of `make bench`.
-    pub fn resolve(self) -> Result<Linux> {
-        let folder = sibling("shoal-vmm")?.with_file_name("../images");
-        let pick = |given: &Option<PathBuf>, name: &str| {
-            let path = given.clone().unwrap_or_else(|| folder.join(name));
-            match path.canonicalize() {
-                Ok(path) => Ok(path),
-                Err(e) => bail!("{}: {e}; run `scripts/images.sh --reference`, or name the file", path.display()),
-            }
-        };
-        let kernel = pick(&self.kernel, "reference/vmlinux")?;
-        let initrd = pick(&self.initrd, "reference/initramfs.gz")?;
-        Ok(Linux {
-            args: self,
-            kernel,
-            initrd,
-        })
-    }
-}
-
-/// The result of `boot --lab --json` and `boot --here --json`. Times in ms.
-#[derive(Serialize, Deserialize)]
-struct LinuxResult {
-    method: String,
-    runs: u32,
-    /// VMM process start to the first line of the guest's init: median.
-    init_ms: f64,
-    /// Largest minus smallest sample, as a share of the median (percent).
-    spread_percent: f64,
-    samples_ms: Vec<f64>,
-    stages: Vec<Stage>,
-}
-
-/// A Linux guest on this machine's /dev/kvm.
-pub fn here(linux: &Linux, runs: u32, json: bool) -> Result<()> {
-    let open = |p: &Path| File::open(p).with_context(|| format!("opening {}", p.display()));
-    let vmm = sibling("shoal-vmm")?;
-    let kernel = shoal_vmm::kernel::load(&open(&linux.kernel)?)
-        .with_context(|| format!("loading the kernel {}", linux.kernel.display()))?;
-    let initrd = shoal_vmm::kernel::load_initrd(&open(&linux.initrd)?)
-        .with_context(|| format!("loading the initial RAM disk {}", linux.initrd.display()))?;
-    let guest = Guest {
-        kernel,
-        initrd: Some(initrd),
-        cmdline: linux.args.cmdline.clone(),
-        memory_mib: REFERENCE_MEMORY_MIB,
-        pages: linux.args.pages.into(),
-    };
-    let mut all = Vec::new();
-    // The first start reads the VMM's own file and is not counted.
-    for run in 0..runs + 1 {
-        let started = start_vmm(&vmm, &guest, linux.args.marker.as_bytes())?;
-        if run > 0 {
-            all.push(started);
-        }
-    }
-    if let Some(last) = all.last().filter(|_| linux.args.console) {
-        eprintln!("{}", last.output);
-    }
-    let samples: Vec<f64> = all.iter().map(|s| ms(s.elapsed)).collect();
-    let (min, max) = (quantile(&samples, 0.0), quantile(&samples, 1.0));
-    let result = LinuxResult {
-        method: "Linux guest on /dev/kvm".into(),
-        runs,
-        init_ms: median(&samples),
-        spread_percent: (max - min) / median(&samples) * 100.0,
-        stages: stages(&all),
-        samples_ms: samples,
-    };
-    print(&result, json)
-}
-
-fn print(result: &LinuxResult, json: bool) -> Result<()> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(result)?);
-    } else {
-        println!("{}: VMM process start to the first line of init", result.method);
-        println!(
-            "  median of {} starts  {:.2} ms (spread {:.2} %)",
-            result.runs, result.init_ms, result.spread_percent
-        );
-        print_stages(&result.stages);
-    }
-    Ok(())
-}
-
-/// The same in the lab.
-pub fn lab(linux: &Linux, runs: u32, json: bool) -> Result<()> {
-    let lab = sibling("shoal-lab")?;
-    let (perf, vmm) = (sibling("shoal-perf")?, sibling("shoal-vmm")?);
-    let mut command = Command::new(&lab);
-    command.args(["run", "--icount", "--timeout", "300"]);
-    for file in [&perf, &vmm, &linux.kernel, &linux.initrd] {
-        command.arg("--copy").arg(file);
-    }
-    command
-        .arg("--")
-        .arg(&perf)
-        .args(["boot", "--here", "--json", "--runs", &runs.to_string()]);
-    command
-        .arg("--kernel")
-        .arg(&linux.kernel)
-        .arg("--initrd")
-        .arg(&linux.initrd);
-    command.args(["--cmdline", &linux.args.cmdline, "--marker", &linux.args.marker]);
-    let pages = linux
-        .args
-        .pages
-        .to_possible_value()
-        .context("every value has a name")?;
-    command.arg("--pages").arg(pages.get_name());
-    if linux.args.console {
-        command.arg("--console");
-    }
-    command.stderr(std::process::Stdio::inherit());
-    let output = command
-        .output()
-        .with_context(|| format!("starting {}", lab.display()))?;
-    if !output.status.success() {
-        bail!("the lab ended with {}", output.status);
-    }
-    let mut result: LinuxResult =
-        serde_json::from_slice(&output.stdout).context("reading the figures that the lab printed")?;
-    result.method = "Linux guest in the lab, time counted in instructions".into();
-    print(&result, json)
 }

@@ -3,12 +3,16 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use shoal_devices::spec::FdSlot;
+use shoal_jailer::{
+    Executable, HandOver, IdAllocator, IdRange, Jail, JailSpec, Jailer, JailerConfig, Mode, Rlimits, cgroup,
+};
 use shoal_vmm::channel::HostChannel;
 use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
 use shoal_vmm::protocol::{
@@ -50,7 +54,7 @@ pub struct Guest {
 }
 
 /// A child that is killed and reaped when it is dropped, also on the way out of an error.
-struct Reaped(Child);
+pub struct Reaped(pub Child);
 
 impl Drop for Reaped {
     fn drop(&mut self) {
@@ -60,18 +64,143 @@ impl Drop for Reaped {
     }
 }
 
+/// How a VMM's process is made.
+pub enum Way<'a> {
+    /// By the standard library, as any program.
+    Plain(&'a Path),
+    /// By the jailer.
+    Jailer(&'a Jails),
+}
+
+/// A jailer with what it starts.
+pub struct Jails {
+    jailer: Jailer,
+    vmm: Executable,
+    ids: std::cell::RefCell<IdAllocator>,
+    seccomp: &'static str,
+}
+
+impl Jails {
+    /// With everything that this user can have.
+    pub fn full(vmm: &Path, cgroup: Option<&Path>) -> Result<Self> {
+        Self::new(vmm, Mode::detect(), cgroup, "kill")
+    }
+
+    /// The same way to start a process, with neither a jail nor filters.
+    pub fn off(vmm: &Path) -> Result<Self> {
+        Self::new(vmm, Mode::Off, None, "off")
+    }
+
+    fn new(vmm: &Path, mode: Mode, cgroup: Option<&Path>, seccomp: &'static str) -> Result<Self> {
+        // Beside the blocks of users that daemons choose from.
+        let users = IdRange::new(1_899_000_000, 4096)?;
+        let jailer = Jailer::new(&JailerConfig {
+            mode,
+            uids: users,
+            gids: users,
+            cgroup_parent: cgroup.map(Path::to_owned),
+            missing_controllers: cgroup::Missing::Report,
+        })?;
+        Ok(Self {
+            jailer,
+            vmm: Executable::from_path(&vmm.canonicalize()?)?,
+            ids: IdAllocator::new(users).into(),
+            seccomp,
+        })
+    }
+
+    /// What its jails lack.
+    pub fn lacks(&self) -> impl Iterator<Item = &'static str> {
+        self.jailer.degradations().iter().map(|lack| lack.what)
+    }
+
+    fn spawn(&self, control: &OwnedFd) -> Result<Jailed> {
+        let ids = self.ids.borrow_mut().allocate()?;
+        let arguments = [
+            "shoal-vmm",
+            "--guest-id",
+            "perf",
+            "--control-fd",
+            "3",
+            "--seccomp",
+            self.seccomp,
+        ];
+        let argv: Vec<_> = arguments
+            .into_iter()
+            .map(std::ffi::CString::new)
+            .collect::<Result<_, _>>()?;
+        let control = HandOver {
+            fd: control.as_fd(),
+            target: 3,
+        };
+        let jail = self.jailer.spawn(
+            &self.vmm,
+            &JailSpec {
+                id: &"perf".parse()?,
+                ids,
+                argv: &argv,
+                fds: &[control],
+                limits: &cgroup::Limits {
+                    memory_max: Some(512 << 20),
+                    pids_max: Some(16),
+                    ..cgroup::Limits::default()
+                },
+                rlimits: Rlimits::default(),
+                oom_score_adj: Some(500),
+                core_scheduling: false,
+                die_with_parent: true,
+            },
+        )?;
+        self.ids.borrow_mut().release(ids);
+        Ok(Jailed(Some(jail)))
+    }
+}
+
+/// A jail that ends when it is dropped, also on the way out of an error.
+struct Jailed(Option<Jail>);
+
+impl Drop for Jailed {
+    fn drop(&mut self) {
+        // As for `Reaped`.
+        drop(self.0.take().map(Jail::destroy));
+    }
+}
+
 /// One measured start.
 pub struct Started {
     /// From before the process was made to the moment the marker was read.
     pub elapsed: Duration,
+    /// CLOCK_MONOTONIC before the process was made (ns).
+    pub begin_ns: u64,
     /// The VMM's own stamps.
     pub timeline: Timeline,
     /// What the guest wrote up to the marker.
     pub output: String,
 }
 
+/// A guest that runs. It ends when this is dropped.
+pub struct Running {
+    host: HostChannel,
+    // Read no more, but open: a VMM whose console has nobody at its end would see errors.
+    _console: std::io::PipeReader,
+    child: Box<dyn Ends>,
+    /// From before the process was made to the moment the marker was read.
+    pub elapsed: Duration,
+    /// The VMM's own stamps up to its answer to the start request.
+    pub timeline: Timeline,
+    output: String,
+    begin_ns: u64,
+}
+
+impl Running {
+    /// The VMM's process.
+    pub fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+}
+
 /// Starts a guest and waits until `marker` stands in its console output.
-pub fn start_vmm(vmm: &Path, guest: &Guest, marker: &[u8]) -> Result<Started> {
+pub fn launch(way: &Way<'_>, guest: &Guest, marker: &[u8]) -> Result<Running> {
     let (host, control) = control_pair()?;
     let (mut console, console_end) = std::io::pipe()?;
     let config = config(guest);
@@ -82,31 +211,28 @@ pub fn start_vmm(vmm: &Path, guest: &Guest, marker: &[u8]) -> Result<Started> {
         .context("opening /dev/kvm")?;
     let mut fds = vec![kvm.as_fd(), guest.kernel.memfd.as_fd(), console_end.as_fd()];
     fds.extend(guest.initrd.iter().map(|i| i.memfd.as_fd()));
-    let mut command = Command::new(vmm);
-    command
-        .args(["--guest-id", "perf", "--control-fd"])
-        .arg(control.as_raw_fd().to_string());
-    command.stdin(Stdio::null()).stdout(Stdio::null());
 
-    let begin = Instant::now();
-    let child = Reaped(
-        command
-            .spawn()
-            .with_context(|| format!("starting {}", vmm.display()))?,
-    );
+    let (begin, begin_ns) = (Instant::now(), shoal_vmm::sys::monotonic_ns());
+    let child: Box<dyn Ends> = match way {
+        Way::Plain(vmm) => Box::new(spawn_plain(vmm, &control)?),
+        Way::Jailer(jails) => Box::new(jails.spawn(&control)?),
+    };
     host.send(&Request::Start(Box::new(config)), &fds)?;
     drop(console_end);
     drop(control);
     let seen = read_until(&mut console, marker)?;
     let elapsed = begin.elapsed();
 
-    let timeline = finish(&host);
-    drop(child);
+    let timeline = answer(&host);
     match seen {
-        Seen::Marker(output) => Ok(Started {
+        Seen::Marker(output) => Ok(Running {
+            host,
+            _console: console,
+            child,
             elapsed,
             timeline: timeline?,
             output,
+            begin_ns,
         }),
         Seen::End(output) => {
             let why = timeline
@@ -118,6 +244,56 @@ pub fn start_vmm(vmm: &Path, guest: &Guest, marker: &[u8]) -> Result<Started> {
             )
         }
     }
+}
+
+/// Starts a guest, waits until `marker` stands in its console output, and ends it.
+pub fn start_vmm(way: &Way<'_>, guest: &Guest, marker: &[u8]) -> Result<Started> {
+    let mut running = launch(way, guest, marker)?;
+    running.host.send(&Request::Kill, &[]).ok();
+    while let Ok((message, _)) = running.host.recv() {
+        if let Message::Event(Event::Stamped(stamp)) = message {
+            running.timeline.push(stamp);
+        }
+    }
+    Ok(Started {
+        elapsed: running.elapsed,
+        begin_ns: running.begin_ns,
+        timeline: running.timeline,
+        output: running.output,
+    })
+}
+
+/// What ends when it is dropped.
+trait Ends {
+    fn pid(&self) -> u32;
+}
+
+impl Ends for Reaped {
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Ends for Jailed {
+    fn pid(&self) -> u32 {
+        self.0.as_ref().map_or(0, |jail| jail.pid.unsigned_abs())
+    }
+}
+
+fn spawn_plain(vmm: &Path, control: &OwnedFd) -> Result<Reaped> {
+    let mut command = Command::new(vmm);
+    command
+        .args(["--guest-id", "perf", "--control-fd"])
+        .arg(control.as_raw_fd().to_string());
+    // Ctrl-C in a terminal is for shoal-perf alone, which then ends its guests.
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0);
+    let child = command.spawn();
+    Ok(Reaped(
+        child.with_context(|| format!("starting {}", vmm.display()))?,
+    ))
 }
 
 /// Starts the floor program and waits for its byte.
@@ -168,22 +344,16 @@ fn read_until(from: &mut impl Read, marker: &[u8]) -> Result<Seen> {
     }
 }
 
-/// Takes what the VMM has told so far. The guest may have ended meanwhile.
-fn finish(host: &HostChannel) -> Result<Timeline> {
+/// Takes the VMM's answer to the start request.
+fn answer(host: &HostChannel) -> Result<Timeline> {
     let (message, _) = host.recv().context("the VMM's answer to the start request")?;
     let Message::Reply(reply) = message else {
         bail!("the VMM told an event before its answer")
     };
-    let Reply::Started { mut timeline } = reply.map_err(|e| anyhow::anyhow!("the VMM refused: {e}"))? else {
-        bail!("the VMM answered something else")
-    };
-    host.send(&Request::Kill, &[]).ok();
-    while let Ok((message, _)) = host.recv() {
-        if let Message::Event(Event::Stamped(stamp)) = message {
-            timeline.push(stamp);
-        }
+    match reply.map_err(|e| anyhow::anyhow!("the VMM refused: {e}"))? {
+        Reply::Started { timeline } => Ok(timeline),
+        _ => bail!("the VMM answered something else"),
     }
-    Ok(timeline)
 }
 
 fn config(guest: &Guest) -> VmConfig {

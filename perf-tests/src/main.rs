@@ -4,12 +4,25 @@
 #![deny(unsafe_code)]
 
 mod boot;
+mod density;
 mod driver;
+mod gate;
+mod linux;
+mod machine;
+mod peers;
+mod results;
+#[allow(unsafe_code)]
+mod signal;
 mod stats;
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-/// Benchmarks of Shoal: boot latency for now.
+use machine::Machine;
+use results::{Measured, ResultFile};
+
+/// Benchmarks of Shoal: boot latency and density.
 #[derive(Parser)]
 #[command(
     name = "shoal-perf",
@@ -26,6 +39,21 @@ struct Cli {
 enum Command {
     /// Boot latency: from the start of the VMM's process to the guest's first output
     Boot(BootArgs),
+    /// Host memory per idle guest, and start latency against the number that runs
+    Density(DensityArgs),
+    /// Measures what each baseline file holds again, and fails when a figure grew by more than the file tolerates
+    Check(CheckArgs),
+}
+
+/// Where a result goes.
+#[derive(clap::Args)]
+struct OutArgs {
+    /// Prints the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Also writes the result as JSON to this file
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
@@ -40,27 +68,87 @@ struct BootArgs {
     /// What --lab runs inside of the lab: a Linux guest on this machine's /dev/kvm
     #[arg(long)]
     here: bool,
-    /// Prints the result as JSON
-    #[arg(long)]
-    json: bool,
     /// Measured starts [default: 40 with --probe, 3 otherwise]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: Option<u32>,
     #[command(flatten)]
-    linux: boot::LinuxArgs,
+    out: OutArgs,
+    #[command(flatten)]
+    beside: boot::BesideArgs,
+    #[command(flatten)]
+    linux: linux::LinuxArgs,
+}
+
+#[derive(clap::Args)]
+struct DensityArgs {
+    /// Idle bare-metal guests on this machine's /dev/kvm
+    #[arg(long, required = true)]
+    probe: bool,
+    /// How many
+    #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    guests: u32,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
+struct CheckArgs {
+    /// Baselines, as perf-tests/baselines holds them
+    #[arg(required = true, value_name = "BASELINE")]
+    baselines: Vec<PathBuf>,
+    /// Writes what is measured into the files instead; the tolerance stays
+    #[arg(long)]
+    update: bool,
+    #[command(flatten)]
+    linux: linux::LinuxArgs,
 }
 
 fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
-        Command::Boot(args) if args.probe => boot::probe(args.runs.unwrap_or(40), args.json),
-        Command::Boot(args) => {
-            let linux = args.linux.resolve()?;
-            let runs = args.runs.unwrap_or(3);
-            if args.lab {
-                boot::lab(&linux, runs, args.json)
-            } else {
-                boot::here(&linux, runs, args.json)
-            }
-        }
+    let command = Cli::parse().command;
+    signal::catch();
+    match command {
+        Command::Boot(args) => measure_boot(args),
+        Command::Density(args) => measure_density(&args),
+        Command::Check(args) => gate::check(&args.baselines, args.update, &args.linux.resolve()?),
     }
+}
+
+fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    let (method, measured) = if args.probe {
+        let boot = boot::probe(args.runs.unwrap_or(40), &args.beside)?;
+        (boot::PROBE, Measured::BootProbe(boot))
+    } else {
+        let linux = args.linux.resolve()?;
+        let runs = args.runs.unwrap_or(3);
+        match args.lab {
+            true => (linux::LAB, Measured::BootLinux(linux::lab(&linux, runs)?)),
+            false => (linux::HERE, Measured::BootLinux(linux::here(&linux, runs)?)),
+        }
+    };
+    deliver(method, machine, measured, &args.out)
+}
+
+fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    let density = density::probe(args.guests)?;
+    let (short, leaks) = (
+        density.stopped_because.clone(),
+        density.leaks != results::Leaks::default(),
+    );
+    deliver(density::PROBE, machine, Measured::Density(density), &args.out)?;
+    if let Some(why) = short {
+        anyhow::bail!("fewer guests than asked for: {why}");
+    }
+    anyhow::ensure!(!leaks, "something was left behind: see the result");
+    Ok(())
+}
+
+fn deliver(method: &str, machine: Machine, measured: Measured, out: &OutArgs) -> anyhow::Result<()> {
+    let result = ResultFile::new(method, machine, signal::interrupted(), measured);
+    result.deliver(out.json, out.save.as_deref(), || match &result.measured {
+        Measured::BootProbe(boot) => boot::print(boot),
+        Measured::BootLinux(boot) => linux::print(method, boot),
+        Measured::Density(density) => density::print(density),
+    })
 }
