@@ -21,7 +21,7 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 export RUSTFLAGS
 CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/../target}/fuzz
 export CARGO_TARGET_DIR
-cargo build --release --locked --target "$triple"
+cargo build --release --target "$triple"
 
 failed=
 for target in $targets; do
