@@ -10,6 +10,8 @@ mod gate;
 mod linux;
 mod machine;
 mod peers;
+mod plot;
+mod report;
 mod results;
 #[allow(unsafe_code)]
 mod signal;
@@ -43,6 +45,8 @@ enum Command {
     Density(DensityArgs),
     /// Measures what each baseline file holds again, and fails when a figure grew by more than the file tolerates
     Check(CheckArgs),
+    /// Makes one self-contained HTML page with plots from results files (--save, or --json to a file)
+    Report(ReportArgs),
 }
 
 /// Where a result goes.
@@ -103,12 +107,26 @@ struct CheckArgs {
     linux: linux::LinuxArgs,
 }
 
+#[derive(clap::Args)]
+struct ReportArgs {
+    /// Results files
+    #[arg(required = true, value_name = "RESULTS")]
+    results: Vec<PathBuf>,
+    /// The page
+    #[arg(short, long, default_value = "report.html", value_name = "FILE")]
+    output: PathBuf,
+    /// Also writes each plot as an SVG file into this folder
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+}
+
 fn main() -> anyhow::Result<()> {
     let command = Cli::parse().command;
     signal::catch();
     match command {
         Command::Boot(args) => measure_boot(args),
         Command::Density(args) => measure_density(&args),
+        Command::Report(args) => report::write(&args.results, &args.output, args.svg.as_deref()),
         Command::Check(args) => gate::check(&args.baselines, args.update, &args.linux.resolve()?),
     }
 }

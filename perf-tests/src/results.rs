@@ -21,7 +21,6 @@ const MAX_TEXT: usize = 4096;
 const MAX_FIGURE: f64 = 1e9;
 
 /// Why a results file is refused.
-#[allow(dead_code)]
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
     /// It cannot be read.
@@ -241,7 +240,6 @@ impl ResultFile {
     }
 
     /// Reads a file, which may be anything.
-    #[allow(dead_code)]
     pub fn load(path: &Path) -> Result<Self, Refused> {
         let unreadable = |e| Refused::Read(path.into(), e);
         let mut bytes = Vec::new();

@@ -1,0 +1,405 @@
+//! Plots as SVG by hand: no fonts, no libraries, and colours that follow the reader's light or dark theme.
+
+use std::fmt::Write;
+
+/// Colours of all plots, in both themes; it stands in every SVG file, and once in the page.
+pub const STYLE: &str = "\
+:root,svg{--bg:#fff;--fg:#1c1c1e;--dim:#5c5f66;--grid:#d9dbe0;\
+--c0:#0068a8;--c1:#d1510a;--c2:#00805c;--c3:#a84a86;--c4:#96700a;--c5:#4a8fd0;--c6:#7a4fc0;--c7:#70757d}
+@media(prefers-color-scheme:dark){:root,svg{--bg:#16181c;--fg:#eceef2;--dim:#a6acb8;--grid:#363b44;\
+--c0:#5cb3f0;--c1:#ff9a55;--c2:#3ecfa4;--c3:#ee9ccb;--c4:#e5c04d;--c5:#9cc9f8;--c6:#bda0fa;--c7:#a0a6b0}}
+svg{background:var(--bg);font:13px system-ui,sans-serif}
+svg text{fill:var(--fg)}
+svg .dim{fill:var(--dim)}
+svg .grid{stroke:var(--grid);stroke-width:1}
+svg .line{fill:none;stroke-width:2}
+svg .whisker{stroke:var(--fg);stroke-width:1.5}
+";
+const COLOURS: usize = 8;
+const WIDTH: f64 = 760.0;
+
+/// Text made safe for XML and HTML.
+pub fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            '\'' => safe.push_str("&#39;"),
+            c if c.is_control() && c != '\n' => safe.push('\u{fffd}'),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// A figure with three digits that matter.
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        v if v >= 100.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// A drawing with a title for those who cannot see it.
+pub struct Plot {
+    title: String,
+    height: f64,
+    body: String,
+}
+
+impl Plot {
+    fn new(title: &str, height: f64) -> Self {
+        Self {
+            title: title.into(),
+            height,
+            body: String::new(),
+        }
+    }
+
+    fn add(&mut self, element: std::fmt::Arguments<'_>) {
+        self.body.write_fmt(element).expect("a String takes all text");
+        self.body.push('\n');
+    }
+
+    fn text(&mut self, (x, y): (f64, f64), anchor: &str, class: &str, text: &str) {
+        let text = escape(text);
+        self.add(format_args!(
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" class=\"{class}\">{text}</text>"
+        ));
+    }
+
+    fn bar(&mut self, (x, y): (f64, f64), (width, height): (f64, f64), colour: usize) {
+        let c = colour % COLOURS;
+        self.add(format_args!(
+            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" style=\"fill:var(--c{c})\"/>"
+        ));
+    }
+
+    fn line(&mut self, (x1, y1): (f64, f64), (x2, y2): (f64, f64), class: &str) {
+        self.add(format_args!(
+            "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" class=\"{class}\"/>"
+        ));
+    }
+
+    fn curve(&mut self, points: &[(f64, f64)], colour: usize) {
+        let mut path = String::new();
+        for (i, (x, y)) in points.iter().enumerate() {
+            let command = if i == 0 { 'M' } else { 'L' };
+            write!(path, "{command}{x:.1} {y:.1}").expect("a String takes all text");
+        }
+        let c = colour % COLOURS;
+        self.add(format_args!(
+            "<path d=\"{path}\" class=\"line\" style=\"stroke:var(--c{c})\"/>"
+        ));
+    }
+
+    /// Names with their colours, in rows below `top`; returns where they end.
+    fn legend(&mut self, names: &[String], top: f64) -> f64 {
+        const COLUMNS: usize = 3;
+        let column = WIDTH / COLUMNS as f64;
+        for (i, name) in names.iter().enumerate() {
+            let at = (
+                8.0 + column * (i % COLUMNS) as f64,
+                top + 20.0 * (i / COLUMNS) as f64,
+            );
+            self.bar(at, (12.0, 12.0), i);
+            self.text((at.0 + 18.0, at.1 + 11.0), "start", "", name);
+        }
+        top + 20.0 * names.len().div_ceil(COLUMNS) as f64
+    }
+
+    fn svg(&self, inside: &str) -> String {
+        let (title, height, body) = (escape(&self.title), self.height, &self.body);
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" \
+             height=\"{height:.0}\" role=\"img\">\n<title>{title}</title>\n{inside}{body}</svg>\n"
+        )
+    }
+
+    /// For a page that holds [`STYLE`].
+    pub fn inline(&self) -> String {
+        self.svg("")
+    }
+
+    /// For a file of its own.
+    pub fn file(&self) -> String {
+        self.svg(&format!(
+            "<style>{STYLE}</style>\n<rect width=\"100%\" height=\"100%\" style=\"fill:var(--bg)\"/>\n"
+        ))
+    }
+}
+
+/// From a figure to a place.
+struct Axis {
+    from: f64,
+    to: f64,
+    log: bool,
+    /// Places of the two ends.
+    ends: (f64, f64),
+}
+
+impl Axis {
+    fn linear(to: f64, ends: (f64, f64)) -> Self {
+        Self {
+            from: 0.0,
+            to: if to > 0.0 { to } else { 1.0 },
+            log: false,
+            ends,
+        }
+    }
+
+    /// Both ends are widened a little; what is below a microsecond (in ms) is drawn there. Of no
+    /// samples `from` is infinite.
+    fn log(from: f64, to: f64, ends: (f64, f64)) -> Self {
+        let from = if from.is_finite() {
+            (from * 0.9).max(1e-3)
+        } else {
+            1.0
+        };
+        Self {
+            from,
+            to: (to * 1.1).max(from * 2.0),
+            log: true,
+            ends,
+        }
+    }
+
+    fn place(&self, value: f64) -> f64 {
+        let share = match self.log {
+            true => (value.max(self.from) / self.from).ln() / (self.to / self.from).ln(),
+            false => (value - self.from) / (self.to - self.from),
+        };
+        self.ends.0 + share * (self.ends.1 - self.ends.0)
+    }
+
+    /// Round figures between the ends, at most a dozen.
+    fn ticks(&self) -> Vec<f64> {
+        let decade = |value: f64| 10_f64.powf(value.log10().floor());
+        if !self.log {
+            let rough = self.to / 6.0;
+            let unit = decade(rough);
+            let step = [1.0, 2.0, 5.0, 10.0]
+                .into_iter()
+                .find(|s| s * unit >= rough)
+                .unwrap_or(10.0)
+                * unit;
+            let count = (self.to / step + 1e-9) as u32;
+            return (0..=count).map(|i| f64::from(i) * step).collect();
+        }
+        let (first, last) = (self.from.log10().floor() as i32, self.to.log10().ceil() as i32);
+        let marks: &[f64] = if last - first > 4 {
+            &[1.0]
+        } else {
+            &[1.0, 2.0, 5.0]
+        };
+        let all = (first..=last).flat_map(|e| marks.iter().map(move |m| m * 10_f64.powi(e)));
+        all.filter(|t| (self.from..=self.to).contains(t)).collect()
+    }
+}
+
+/// A tick's figure, without zeros that say nothing.
+fn tick(value: f64) -> String {
+    let text = format!("{value:.3}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+fn draw_x(plot: &mut Plot, axis: &Axis, (top, bottom): (f64, f64), unit: &str) {
+    for t in axis.ticks() {
+        let x = axis.place(t);
+        plot.line((x, top), (x, bottom), "grid");
+        plot.text((x, bottom + 16.0), "middle", "dim", &tick(t));
+    }
+    plot.text((axis.ends.1, bottom + 34.0), "end", "dim", unit);
+}
+
+fn draw_y(plot: &mut Plot, axis: &Axis, (left, right): (f64, f64), unit: &str) {
+    for t in axis.ticks() {
+        let y = axis.place(t);
+        plot.line((left, y), (right, y), "grid");
+        plot.text((left - 6.0, y + 4.0), "end", "dim", &tick(t));
+    }
+    plot.text((left, axis.ends.1 - 10.0), "start", "dim", unit);
+}
+
+/// The share of samples below each latency, for each name.
+pub fn cdf(title: &str, series: &[(&str, &[f64])]) -> Plot {
+    let (left, right, top, bottom) = (50.0, WIDTH - 20.0, 30.0, 270.0);
+    let mut plot = Plot::new(title, 0.0);
+    let all = || series.iter().flat_map(|s| s.1.iter().copied());
+    let x = Axis::log(
+        all().fold(f64::INFINITY, f64::min),
+        all().fold(0.0, f64::max),
+        (left, right),
+    );
+    let y = Axis::linear(100.0, (bottom, top));
+    draw_x(&mut plot, &x, (top, bottom), "ms (logarithmic)");
+    draw_y(
+        &mut plot,
+        &y,
+        (left, right),
+        "% of starts that took at most this long",
+    );
+    for (i, (_, samples)) in series.iter().enumerate() {
+        let mut sorted = samples.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let mut points = Vec::new();
+        for (n, &sample) in sorted.iter().enumerate() {
+            let share = |n: usize| y.place(n as f64 / sorted.len() as f64 * 100.0);
+            points.push((x.place(sample), share(n)));
+            points.push((x.place(sample), share(n + 1)));
+        }
+        plot.curve(&points, i);
+    }
+    let names: Vec<String> = series.iter().map(|s| s.0.to_owned()).collect();
+    plot.height = plot.legend(&names, bottom + 48.0) + 8.0;
+    plot
+}
+
+/// One bar of what a boot spends its time on, and how long each piece takes (ms).
+pub fn timeline(title: &str, pieces: &[(&str, f64)]) -> Plot {
+    let mut plot = Plot::new(title, 0.0);
+    let total = pieces.iter().map(|p| p.1.max(0.0)).sum();
+    let axis = Axis::linear(total, (12.0, WIDTH - 20.0));
+    draw_x(&mut plot, &axis, (8.0, 62.0), "ms from process start");
+    let mut at = 0.0;
+    let mut names = Vec::new();
+    for (i, &(name, took)) in pieces.iter().enumerate() {
+        let (from, to) = (axis.place(at), axis.place(at + took.max(0.0)));
+        plot.bar((from, 14.0), (to - from, 42.0), i);
+        at += took.max(0.0);
+        names.push(format!("{name}: {} ms", short(took)));
+    }
+    plot.height = plot.legend(&names, 110.0) + 8.0;
+    plot
+}
+
+/// A ratio with its confidence interval.
+pub struct Ratio<'a> {
+    /// Of what.
+    pub name: &'a str,
+    /// Itself.
+    pub ratio: f64,
+    /// Its interval.
+    pub interval: (f64, f64),
+}
+
+/// Ratios as bars from zero, with whiskers for their intervals.
+pub fn ratios(title: &str, unit: &str, all: &[Ratio<'_>]) -> Plot {
+    let (left, right, row) = (270.0, WIDTH - 150.0, 30.0);
+    let bottom = 10.0 + row * all.len() as f64;
+    let mut plot = Plot::new(title, bottom + 46.0);
+    let most = all.iter().map(|r| r.ratio.max(r.interval.1)).fold(0.0, f64::max);
+    let axis = Axis::linear(most, (left, right));
+    draw_x(&mut plot, &axis, (6.0, bottom), unit);
+    for (i, r) in all.iter().enumerate() {
+        let y = 10.0 + row * i as f64;
+        let name: String = r.name.chars().take(40).collect();
+        plot.text((left - 8.0, y + 16.0), "end", "", &name);
+        plot.bar((left, y + 2.0), (axis.place(r.ratio) - left, row - 10.0), i);
+        let (low, high) = (axis.place(r.interval.0), axis.place(r.interval.1));
+        plot.line((low, y + 12.0), (high, y + 12.0), "whisker");
+        for end in [low, high] {
+            plot.line((end, y + 7.0), (end, y + 17.0), "whisker");
+        }
+        let figures = [r.ratio, r.interval.0, r.interval.1].map(short);
+        let label = format!("{} ({} to {})", figures[0], figures[1], figures[2]);
+        plot.text(
+            (axis.place(r.ratio).max(high) + 8.0, y + 16.0),
+            "start",
+            "",
+            &label,
+        );
+    }
+    plot
+}
+
+/// Lines, or dots where `dots` says so, over the number of guests.
+pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], dots: bool) -> Plot {
+    let (left, right, top, bottom) = (60.0, WIDTH - 20.0, 30.0, 270.0);
+    let mut plot = Plot::new(title, 0.0);
+    let all = || series.iter().flat_map(|s| s.1.iter());
+    let x = Axis::linear(all().map(|p| p.0).fold(0.0, f64::max), (left, right));
+    let y = Axis::linear(all().map(|p| p.1).fold(0.0, f64::max) * 1.05, (bottom, top));
+    draw_x(&mut plot, &x, (top, bottom), "guests running");
+    draw_y(&mut plot, &y, (left, right), unit);
+    for (i, (_, points)) in series.iter().enumerate() {
+        let placed: Vec<(f64, f64)> = points
+            .iter()
+            .map(|p| (x.place(p.0), y.place(p.1.max(0.0))))
+            .collect();
+        if dots {
+            let c = i % COLOURS;
+            for (x, y) in placed {
+                plot.add(format_args!(
+                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\" style=\"fill:var(--c{c})\"/>"
+                ));
+            }
+        } else {
+            plot.curve(&placed, i);
+        }
+    }
+    let names: Vec<String> = series.iter().map(|s| s.0.to_owned()).collect();
+    plot.height = plot.legend(&names, bottom + 48.0) + 8.0;
+    plot
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_cannot_leave_its_element() {
+        assert_eq!(
+            escape("<a b=\"c\">&'\u{1}"),
+            "&lt;a b=&quot;c&quot;&gt;&amp;&#39;\u{fffd}"
+        );
+        let plot = cdf("<script>", &[("</svg>", &[1.0])]).file();
+        assert!(!plot.contains("<script>") && plot.matches("</svg>").count() == 1);
+    }
+
+    #[test]
+    fn ticks_are_few_and_inside() {
+        for to in [1e-6, 0.3, 1.0, 7.7, 108.0, 1e9] {
+            let axis = Axis::linear(to, (0.0, 1.0));
+            let ticks = axis.ticks();
+            assert!((2..=12).contains(&ticks.len()), "{to}: {ticks:?}");
+            assert!(ticks.iter().all(|t| (0.0..=to * 1.001).contains(t)));
+        }
+        for (from, to) in [(0.0, 0.0), (1.2, 1.3), (1.2, 42.0), (0.001, 1e9)] {
+            let ticks = Axis::log(from, to, (0.0, 1.0)).ticks();
+            assert!((1..=15).contains(&ticks.len()), "{from} {to}: {ticks:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_to_draw_and_extremes_make_no_bad_figures() {
+        for plot in [
+            cdf("t", &[]),
+            cdf("t", &[("a", &[]), ("b", &[0.0, 1e9])]),
+            timeline("t", &[]),
+            timeline("t", &[("a", 0.0), ("b", -1.0)]),
+            ratios("t", "u", &[]),
+            over_guests("t", "u", &[("a", vec![])], false),
+            over_guests("t", "u", &[("a", vec![(0.0, -5.0), (1e9, 1e9)])], true),
+        ] {
+            let svg = plot.inline();
+            assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        }
+    }
+
+    #[test]
+    fn places_follow_the_figures() {
+        let axis = Axis::linear(10.0, (100.0, 200.0));
+        assert_eq!(
+            (axis.place(0.0), axis.place(5.0), axis.place(10.0)),
+            (100.0, 150.0, 200.0)
+        );
+        let axis = Axis::log(1.0 / 0.9, 100.0 / 1.1, (0.0, 1.0));
+        assert!((axis.place(10.0) - 0.5).abs() < 1e-9);
+    }
+}

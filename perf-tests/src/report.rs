@@ -1,0 +1,375 @@
+//! One self-contained page from results files: figures, plots, and how and on what each was measured.
+
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::gate::durations;
+use crate::machine::Machine;
+use crate::plot::{self, Plot, Ratio, STYLE, escape, short};
+use crate::results::{Density, LinuxBoot, Measured, ProbeBoot, ResultFile};
+
+const PAGE_STYLE: &str = "\
+html{color-scheme:light dark;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
+body{max-width:820px;margin:2rem auto;padding:0 1rem}
+h1,h2{line-height:1.2}h2{margin-top:2.5rem;border-top:1px solid var(--grid);padding-top:1rem}
+table{border-collapse:collapse;margin:.6rem 0}
+td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+th{color:var(--dim);font-weight:500}
+svg{max-width:100%;height:auto;display:block;margin:.4rem 0 1rem}
+.dim,summary{color:var(--dim)}.big{font-size:1.5rem}
+";
+
+/// A part of the page, and its plots with their file names.
+struct Section {
+    html: String,
+    plots: Vec<(String, Plot)>,
+}
+
+/// Reads `files` and writes the page; and each plot as a file into `svg`. A file that is refused is told, and the page
+/// is made of the others.
+pub fn write(files: &[PathBuf], output: &Path, svg: Option<&Path>) -> Result<()> {
+    let mut sections = Vec::new();
+    for path in files {
+        match ResultFile::load(path) {
+            Ok(result) => sections.push(section(sections.len() + 1, path, &result)),
+            Err(e) => eprintln!("shoal-perf: left out: {:#}", anyhow::Error::from(e)),
+        }
+    }
+    if sections.is_empty() {
+        bail!("no results file could be used: the reasons are above");
+    }
+    std::fs::write(output, page(&sections))
+        .with_context(|| format!("writing the report {}", output.display()))?;
+    println!("{}: {} results", output.display(), sections.len());
+    if let Some(folder) = svg {
+        std::fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
+        for (name, plot) in sections.iter().flat_map(|s| &s.plots) {
+            let path = folder.join(name).with_extension("svg");
+            std::fs::write(&path, plot.file())
+                .with_context(|| format!("writing the plot {}", path.display()))?;
+        }
+    }
+    if sections.len() < files.len() {
+        bail!(
+            "{} of {} results files were left out",
+            files.len() - sections.len(),
+            files.len()
+        );
+    }
+    Ok(())
+}
+
+fn page(sections: &[Section]) -> String {
+    let mut html = format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width\">\
+         <title>Shoal: measurements</title>\n<style>{STYLE}{PAGE_STYLE}</style></head>\n<body><h1>Shoal: measurements</h1>\n\
+         <p>Figures of different methods are never to be compared with each other. Ratios were taken in one run, in \
+         turns; their intervals hold the true ratio of medians with 95 % confidence (bootstrap over turns).</p>\n"
+    );
+    for section in sections {
+        html.push_str(&section.html);
+    }
+    html + "</body></html>\n"
+}
+
+fn section(number: usize, path: &Path, result: &ResultFile) -> Section {
+    let (title, figures, plots) = match &result.measured {
+        Measured::BootProbe(boot) => probe_boot(boot),
+        Measured::BootLinux(boot) => linux_boot(boot),
+        Measured::Density(density) => density_run(density),
+    };
+    let mut html = format!(
+        "<h2>{}</h2>\n<p class=\"dim\">{}; file {}{}</p>\n{figures}",
+        escape(title),
+        escape(&result.method),
+        escape(&path.file_name().unwrap_or_default().to_string_lossy()),
+        if result.interrupted {
+            "; <b>interrupted, and therefore shorter than asked for</b>"
+        } else {
+            ""
+        }
+    );
+    let mut named = Vec::new();
+    for (name, plot) in plots {
+        html.push_str(&plot.inline());
+        named.push((format!("{number}-{name}"), plot));
+    }
+    html.push_str(&machine(&result.machine, result.taken));
+    Section { html, plots: named }
+}
+
+type Part = (&'static str, String, Vec<(&'static str, Plot)>);
+
+fn probe_boot(boot: &ProbeBoot) -> Part {
+    let mut html = format!(
+        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n<table><tr><th>started<th class=n>median, ms\
+         <th class=n>p90, ms<th class=n>÷ shoal-vmm<th>95 % interval<th>version</tr>\n",
+        short(boot.vmm_ms),
+        short(boot.ratio)
+    );
+    for s in &boot.subjects {
+        let figures = [s.median_ms, s.p90_ms, s.ratio_to_shoal]
+            .map(|f| format!("<td class=n>{}", short(f)))
+            .concat();
+        let (low, high) = s.ratio_interval;
+        let (name, version) = (escape(&s.name), escape(&s.version));
+        line(
+            &mut html,
+            &format!(
+                "<tr><td>{name}{figures}<td>{} to {}<td>{version}</tr>",
+                short(low),
+                short(high)
+            ),
+        );
+    }
+    line(&mut html, "</table>");
+    if let Some(adds) = boot.jail_adds_ms {
+        line(&mut html, &format!("<p>The jail adds {} ms.</p>", short(adds)));
+    }
+    if !boot.jail_lacks.is_empty() {
+        let lacks = escape(&boot.jail_lacks.join(", "));
+        line(
+            &mut html,
+            &format!("<p>Where this was measured the jail lacks: {lacks}.</p>"),
+        );
+    }
+    let series: Vec<(&str, &[f64])> = boot
+        .subjects
+        .iter()
+        .map(|s| (s.name.as_str(), s.samples_ms.as_slice()))
+        .collect();
+    let all: Vec<Ratio<'_>> = boot
+        .subjects
+        .iter()
+        .map(|s| Ratio {
+            name: &s.name,
+            ratio: s.ratio_to_shoal,
+            interval: s.ratio_interval,
+        })
+        .collect();
+    let plots = vec![
+        (
+            "ratios",
+            plot::ratios("Start latency as a ratio", "× shoal-vmm", &all),
+        ),
+        ("latency", plot::cdf("Start latency, distribution", &series)),
+        (
+            "timeline",
+            plot::timeline("What a start is made of", &durations(&boot.stages)),
+        ),
+    ];
+    ("From process start to the guest's first output", html, plots)
+}
+
+fn linux_boot(boot: &LinuxBoot) -> Part {
+    let html = format!(
+        "<p class=\"big\">{} ms</p>\n<p>Median of {} boots; all within {} %.</p>\n",
+        short(boot.init_ms),
+        boot.runs,
+        short(boot.spread_percent)
+    );
+    let plots = vec![(
+        "timeline",
+        plot::timeline("What a boot is made of", &durations(&boot.stages)),
+    )];
+    (
+        "A Linux guest: from process start to the first line of init",
+        html,
+        plots,
+    )
+}
+
+fn density_run(d: &Density) -> Part {
+    let mut html = format!(
+        "<p class=\"big\">{} MB of host memory per guest</p>\n<p>{} idle guests of {} MiB.</p>\n<table>\n",
+        short(d.host_mb_per_guest),
+        d.guests,
+        d.guest_memory_mib
+    );
+    for (name, value, unit) in [
+        (
+            "host memory per guest, slope of MemAvailable",
+            d.host_mb_per_guest,
+            "MB",
+        ),
+        (
+            "the same, first and last point",
+            d.host_mb_per_guest_end_to_end,
+            "MB",
+        ),
+        ("PSS per guest", d.pss_mb_per_guest, "MB"),
+        (
+            "processor time at rest, all guests together",
+            d.rest_cpu_percent,
+            "% of one",
+        ),
+        ("start, median", d.start_ms, "ms"),
+        ("processes left behind", f64::from(d.leaks.processes), ""),
+        ("descriptors left behind", f64::from(d.leaks.descriptors), ""),
+    ] {
+        line(
+            &mut html,
+            &format!("<tr><td>{name}<td class=n>{}<td>{unit}</tr>", plain(value)),
+        );
+    }
+    line(&mut html, "</table>");
+    if let Some(why) = &d.stopped_because {
+        let why = escape(why);
+        line(
+            &mut html,
+            &format!("<p>Fewer than the {} asked for: {why}.</p>", d.guests_asked),
+        );
+    }
+    let first = d.points.first().map_or(0, |p| p.mem_available);
+    let taken = |available: u64| (first as f64 - available as f64) / 1e6;
+    let at = |p: &crate::results::DensityPoint, y: f64| (f64::from(p.guests), y);
+    let memory = [
+        (
+            "host memory taken",
+            d.points.iter().map(|p| at(p, taken(p.mem_available))).collect(),
+        ),
+        (
+            "sum of the VMMs' PSS",
+            d.points.iter().map(|p| at(p, p.pss as f64 / 1e6)).collect(),
+        ),
+    ];
+    let starts = d
+        .starts_ms
+        .iter()
+        .enumerate()
+        .map(|(i, &ms)| (i as f64, ms))
+        .collect();
+    let plots = vec![
+        (
+            "memory",
+            plot::over_guests("Host memory against guests", "MB", &memory, false),
+        ),
+        (
+            "starts",
+            plot::over_guests(
+                "Start latency against guests",
+                "ms",
+                &[("one start", starts)],
+                true,
+            ),
+        ),
+    ];
+    ("Density", html, plots)
+}
+
+/// A count without a point, another figure with three digits.
+fn plain(value: f64) -> String {
+    match value.fract() == 0.0 {
+        true => format!("{value:.0}"),
+        false => short(value),
+    }
+}
+
+fn line(html: &mut String, text: &str) {
+    writeln!(html, "{text}").expect("a String takes all text");
+}
+
+fn machine(m: &Machine, taken: u64) -> String {
+    let mut rows = String::new();
+    let processors = format!("{} × {}", m.cpus, m.cpu);
+    let memory = format!("{} MiB", m.memory_mib);
+    let load = short(m.load);
+    let mitigations = m.mitigations.join("; ");
+    for (name, value) in [
+        ("processors", processors.as_str()),
+        ("memory", &memory),
+        ("kernel", &m.kernel),
+        ("KVM", &m.kvm),
+        ("governor", &m.governor),
+        ("huge pages", &m.huge_pages),
+        ("mitigations", &mitigations),
+        ("load when it began", &load),
+        ("measured, seconds since 1970", &taken.to_string()),
+    ] {
+        line(&mut rows, &format!("<tr><th>{name}<td>{}</tr>", escape(value)));
+    }
+    format!("<details><summary>The machine</summary><table>\n{rows}</table></details>\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::{Leaks, Subject};
+
+    fn files(folder: &Path) -> Vec<PathBuf> {
+        let shoal = vec![1.6, 1.7, 1.8];
+        let boot = ProbeBoot {
+            runs: 3,
+            floor_ms: 1.2,
+            vmm_ms: 1.7,
+            ratio: 1.4,
+            jail_adds_ms: Some(0.3),
+            jail_lacks: vec!["cgroup".into()],
+            subjects: vec![Subject::new(
+                "<script>alert(1)</script>",
+                "\"><b>",
+                shoal.clone(),
+                &shoal,
+            )],
+            stages: vec![],
+        };
+        let density = Density {
+            guests_asked: 2,
+            guests: 0,
+            guest_memory_mib: 128,
+            stopped_because: Some("no </p><script>".into()),
+            host_mb_per_guest: 0.0,
+            host_mb_per_guest_end_to_end: 0.0,
+            pss_mb_per_guest: 0.0,
+            rest_cpu_percent: 0.0,
+            start_ms: 0.0,
+            starts_ms: vec![],
+            points: vec![],
+            leaks: Leaks::default(),
+        };
+        let write = |name: &str, measured| {
+            let result = ResultFile::new("<i>", Machine::here(), true, measured);
+            let path = folder.join(name);
+            std::fs::write(&path, serde_json::to_string(&result).unwrap()).unwrap();
+            path
+        };
+        vec![
+            write("boot.json", Measured::BootProbe(boot)),
+            write("density.json", Measured::Density(density)),
+        ]
+    }
+
+    #[test]
+    fn the_page_holds_all_results_and_no_markup_of_theirs() {
+        let folder = tempfile::tempdir().unwrap();
+        let page = folder.path().join("r.html");
+        let svg = folder.path().join("svg");
+        write(&files(folder.path()), &page, Some(&svg)).unwrap();
+        let html = std::fs::read_to_string(page).unwrap();
+        assert!(!html.contains("<script") && !html.contains("<i>") && !html.contains("\"><b>"));
+        assert_eq!(html.matches("<svg").count(), 5);
+        assert_eq!(std::fs::read_dir(svg).unwrap().count(), 5);
+        for outside in ["src=", "href=", "@import", "url("] {
+            assert!(!html.contains(outside), "the page loads something: {outside}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_left_out_and_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let page = folder.path().join("r.html");
+        let mut all = files(folder.path());
+        std::fs::write(&all[1], "{\"schema\":1,").unwrap();
+        let told = write(&all, &page, None).unwrap_err().to_string();
+        assert!(told.contains("1 of 2"), "{told}");
+        assert!(page.exists());
+        std::fs::remove_file(&page).unwrap();
+        all.remove(0);
+        assert!(write(&all, &page, None).is_err());
+        assert!(!page.exists());
+    }
+}
