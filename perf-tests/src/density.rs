@@ -8,12 +8,15 @@ use anyhow::{Context, Result, bail};
 use crate::boot::{PROBE_MEMORY_MIB, bar, ms, probe_guest};
 use crate::driver::{Guest, Running, Way, launch, sibling};
 use crate::machine::{mem_available, meminfo};
-use crate::results::{Density, DensityPoint, Leaks};
+use crate::results::{Density, DensityPoint, Leaks, Measured};
 use crate::signal::interrupted;
 use crate::stats::{median, quantile, slope};
 
 /// What [`probe`] measures.
 pub const PROBE: &str = "/dev/kvm with idle probe guests, host memory by MemAvailable";
+
+/// What [`lab`] measures.
+pub const LAB: &str = "the lab (emulated hardware KVM) with idle probe guests, host memory by MemAvailable";
 
 /// Moments at which memory is read, spread over the run.
 const POINTS: u32 = 20;
@@ -68,6 +71,15 @@ pub fn probe(guests: u32) -> Result<Density> {
     };
     summarize(&mut density);
     Ok(density)
+}
+
+/// The same on the lab's machine, where no other work changes the memory.
+pub fn lab(guests: u32) -> Result<Density> {
+    let arguments = ["density", "--probe", "--json", "--guests", &guests.to_string()].map(Into::into);
+    match crate::lab::run(&arguments, &[])?.measured {
+        Measured::Density(density) => Ok(density),
+        _ => bail!("the lab printed another kind of result than a density"),
+    }
 }
 
 /// Adds the guests, and reads memory from time to time.

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -10,7 +9,7 @@ use shoal_vmm::protocol::Pages;
 
 use crate::boot::{ms, print_stages, stages};
 use crate::driver::{Guest, Way, sibling, start_vmm};
-use crate::results::{LinuxBoot, Measured, ResultFile};
+use crate::results::{LinuxBoot, Measured};
 use crate::signal::interrupted;
 use crate::stats::{median, quantile};
 
@@ -153,41 +152,19 @@ pub fn print(method: &str, boot: &LinuxBoot) {
 
 /// The same in the lab.
 pub fn lab(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
-    let lab = sibling("shoal-lab")?;
-    let (perf, vmm) = (sibling("shoal-perf")?, sibling("shoal-vmm")?);
-    let mut command = Command::new(&lab);
-    command.args(["run", "--icount", "--timeout", "300"]);
-    for file in [&perf, &vmm, &linux.kernel, &linux.initrd] {
-        command.arg("--copy").arg(file);
-    }
-    command
-        .arg("--")
-        .arg(&perf)
-        .args(["boot", "--here", "--json", "--runs", &runs.to_string()]);
-    command
-        .arg("--kernel")
-        .arg(&linux.kernel)
-        .arg("--initrd")
-        .arg(&linux.initrd);
-    command.args(["--cmdline", &linux.args.cmdline, "--marker", &linux.args.marker]);
-    let pages = linux
-        .args
-        .pages
-        .to_possible_value()
-        .context("every value has a name")?;
-    command.arg("--pages").arg(pages.get_name());
+    let mut inside = vec!["boot".into(), "--here".into(), "--json".into()];
+    inside.extend(["--runs".into(), runs.to_string().into()]);
+    inside.extend(["--kernel".into(), linux.kernel.clone().into_os_string()]);
+    inside.extend(["--initrd".into(), linux.initrd.clone().into_os_string()]);
+    inside.extend(["--cmdline".into(), linux.args.cmdline.clone().into()]);
+    inside.extend(["--marker".into(), linux.args.marker.clone().into()]);
+    let pages = linux.args.pages.to_possible_value();
+    let pages = pages.context("every value has a name")?;
+    inside.extend(["--pages".into(), pages.get_name().into()]);
     if linux.args.console {
-        command.arg("--console");
+        inside.push("--console".into());
     }
-    command.stderr(std::process::Stdio::inherit());
-    let output = command
-        .output()
-        .with_context(|| format!("starting {}", lab.display()))?;
-    if !output.status.success() {
-        bail!("the lab ended with {}", output.status);
-    }
-    let inside = ResultFile::parse(Path::new("what the lab printed"), &output.stdout)?;
-    match inside.measured {
+    match crate::lab::run(&inside, &[&linux.kernel, &linux.initrd])?.measured {
         Measured::BootLinux(boot) => Ok(boot),
         _ => bail!("the lab printed another kind of result than a boot"),
     }

@@ -7,6 +7,7 @@ mod boot;
 mod density;
 mod driver;
 mod gate;
+mod lab;
 mod linux;
 mod machine;
 mod peers;
@@ -84,10 +85,14 @@ struct BootArgs {
 }
 
 #[derive(clap::Args)]
+#[command(group(clap::ArgGroup::new("place").required(true).args(["probe", "lab"])))]
 struct DensityArgs {
     /// Idle bare-metal guests on this machine's /dev/kvm
-    #[arg(long, required = true)]
+    #[arg(long)]
     probe: bool,
+    /// The same in the lab, where nothing else changes the host's memory
+    #[arg(long)]
+    lab: bool,
     /// How many
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     guests: u32,
@@ -149,12 +154,15 @@ fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
 
 fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
     let machine = Machine::here();
-    let density = density::probe(args.guests)?;
+    let (method, density) = match args.lab {
+        true => (density::LAB, density::lab(args.guests)?),
+        false => (density::PROBE, density::probe(args.guests)?),
+    };
     let (short, leaks) = (
         density.stopped_because.clone(),
         density.leaks != results::Leaks::default(),
     );
-    deliver(density::PROBE, machine, Measured::Density(density), &args.out)?;
+    deliver(method, machine, Measured::Density(density), &args.out)?;
     if let Some(why) = short {
         anyhow::bail!("fewer guests than asked for: {why}");
     }
