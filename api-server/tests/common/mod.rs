@@ -71,7 +71,9 @@ impl Dir {
 
     /// What the daemon keeps about its guests: the names in `guests/`.
     pub fn guests(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.path("state/guests")).expect("the daemon made it");
+        let entries = fs::read_dir(self.path("state/guests"));
+        // It is missing until a daemon makes it.
+        let entries = entries.into_iter().flatten();
         entries
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect()
@@ -190,14 +192,23 @@ impl Drop for Daemon {
     }
 }
 
-/// The VMMs whose log lies in `dir`, zombies aside.
+/// The VMMs whose log lies in `dir`, zombies aside. An ordinary user may not see what a jailed VMM has open: then those
+/// that name one of the guests of `dir`.
 pub fn vmms(dir: &Dir) -> Vec<u32> {
     let state = dir.path("state");
+    let guests = dir.guests();
     let pids = fs::read_dir("/proc")
         .expect("reading /proc")
         .filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid: &u32| {
-        fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(&state))
+        let Err(error) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+            return fs::read_link(format!("/proc/{pid}/fd/2")).is_ok_and(|log| log.starts_with(&state));
+        };
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words: Vec<_> = words.split(|b| *b == 0).collect();
+        error.kind() == std::io::ErrorKind::PermissionDenied
+            && words.contains(&&b"--guest-id"[..])
+            && guests.iter().any(|id| words.contains(&id.as_bytes()))
     })
     .collect()
 }
