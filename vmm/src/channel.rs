@@ -107,11 +107,12 @@ impl<S: Serialize, R: DeserializeOwned> Channel<S, R> {
 
     /// Receives one message and its descriptors. Waits if the socket is blocking.
     pub fn recv(&self) -> Result<(R, Vec<OwnedFd>), ChannelError> {
-        let mut bytes = vec![0_u8; MAX_MESSAGE];
+        // Not zeroed: a message takes a page or less of what it may take, and the rest is never touched.
+        let mut bytes = Vec::<u8>::with_capacity(MAX_MESSAGE);
         let mut ancillary = Ancillary([0; 16 + MAX_FDS * 4]);
         let mut iov = libc::iovec {
             iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: bytes.len(),
+            iov_len: MAX_MESSAGE,
         };
         let mut header = header(&mut iov, None);
         header.msg_control = ancillary.0.as_mut_ptr().cast();
@@ -132,7 +133,9 @@ impl<S: Serialize, R: DeserializeOwned> Channel<S, R> {
         if header.msg_flags & libc::MSG_CTRUNC != 0 {
             return Err(ChannelError::TooManyFds(MAX_FDS + 1));
         }
-        Ok((decode(&bytes[..n as usize])?, fds))
+        // SAFETY: recvmsg has written `n` bytes, at most `iov_len` without MSG_TRUNC, which is the capacity or less.
+        unsafe { bytes.set_len(n as usize) };
+        Ok((decode(&bytes)?, fds))
     }
 }
 
