@@ -1,7 +1,7 @@
 #!/bin/bash
 # Every test. Closes with one line: N passed, N failed, N skipped. What runs where:
 #   - unit and integration tests on this machine, with /dev/kvm where it works (bare-metal guests do everywhere);
-#   - Linux guests in the lab, all in one start of it;
+#   - Linux guests in the lab, all in one start of it as root and all in another as an ordinary user;
 #   - the fuzz targets, a few seconds each.
 # A test that cannot run here prints `SKIP: name: reason` and is counted as skipped.
 set -eu -o pipefail
@@ -21,10 +21,25 @@ step() { # NAME COMMAND…
     "$@" 2>&1 | tee -a "$log" || { broken="$broken, $name"; }
 }
 
+# What a command that runs beside this one prints, to its end; its exit code is this function's.
+joined() { # DESCRIPTOR
+    local line code=1
+    while IFS= read -r line; do
+        case $line in
+            "exit code "*) code=${line#exit code } ;;
+            *) printf '%s\n' "$line" ;;
+        esac
+    done <&"$1"
+    return "$code"
+}
+
 step "tests on this machine" cargo test --release --workspace --no-fail-fast -- --show-output
 scripts/test-images.sh
 scripts/build-tests.sh
-step "Linux guests in the lab" "$lab" test --timeout 1200 build/tests/guests
+# Two machines of one processor each, side by side.
+exec {beside}< <(code=0; scripts/lab-tests.sh user 2>&1 || code=$?; echo "exit code $code")
+step "Linux guests in the lab, as root" scripts/lab-tests.sh root
+step "Linux guests in the lab, as an ordinary user" joined "$beside"
 step "fuzz targets" scripts/fuzz.sh "${FUZZ_SECONDS:-5}"
 
 skipped=$(grep -h '^SKIP: ' "$log" | sort -u || true)

@@ -3,6 +3,7 @@
 //! | the daemon is | guests go below |
 //! |---|---|
 //! | in a cgroup that was delegated to it (systemd: `Delegate=yes`) | `guests` in it; the daemon itself moves to `shoald` in it, for a cgroup with processes of its own cannot hand limits down |
+//! | in such a `shoald` already, where it moved before | `guests` beside it |
 //! | root elsewhere | `shoal` at the top |
 //! | an ordinary user elsewhere | nowhere: there are no limits |
 
@@ -29,9 +30,9 @@ pub(crate) fn prepare() -> Result<PathBuf, String> {
     }
     let own = mount.join(own_path(&own).ok_or("this process is in no cgroup of version 2")?);
     let root = rustix::process::geteuid().is_root();
-    if own != mount && is_delegated(&own, root) {
-        move_into(&own.join("shoald"))?;
-        return below(&own, "guests");
+    if let Some(delegated) = delegated(&own, |path| path != mount && is_delegated(path, root)) {
+        move_into(&delegated.join("shoald"))?;
+        return below(delegated, "guests");
     }
     match root {
         true => below(&mount, "shoal"),
@@ -55,6 +56,13 @@ fn own_path(cgroups: &str) -> Option<&str> {
     let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"))?;
     // What lies outside of this process's cgroup namespace cannot be reached by its path.
     (!path.contains("..")).then(|| path.trim_start_matches('/'))
+}
+
+/// Which cgroup was given to the process whose own is `own`: the one around it where this process, or the one that it
+/// came from, has moved already.
+fn delegated(own: &Path, is_delegated: impl Fn(&Path) -> bool) -> Option<&Path> {
+    let around = own.parent().filter(|_| own.ends_with("shoald"));
+    around.into_iter().chain([own]).find(|path| is_delegated(path))
 }
 
 fn is_delegated(own: &Path, root: bool) -> bool {
@@ -111,6 +119,20 @@ mod tests {
         assert_eq!(own_path("0::/\n"), Some(""));
         assert_eq!(own_path("0::/../x\n"), None);
         assert_eq!(own_path("4:memory:/a\n"), None);
+    }
+
+    #[test]
+    fn a_second_host_in_one_process_stays_beside_the_first() {
+        let own = Path::new("/sys/fs/cgroup/unit/shoald");
+        let given = |name: &'static str| move |path: &Path| path.ends_with(name);
+        let found = |name| delegated(own, given(name)).map(|path| path.to_str().unwrap().to_owned());
+        assert_eq!(found("unit").as_deref(), Some("/sys/fs/cgroup/unit"));
+        assert_eq!(found("shoald").as_deref(), Some("/sys/fs/cgroup/unit/shoald"));
+        assert_eq!(found("other"), None);
+        // Whoever owns all of it: only its own move is undone.
+        assert_eq!(delegated(own, |_| true), own.parent());
+        let elsewhere = Path::new("/sys/fs/cgroup/unit/session");
+        assert_eq!(delegated(elsewhere, |_| true), Some(elsewhere));
     }
 
     #[test]

@@ -202,8 +202,8 @@ fn ptrace_scope(files: &Files<'_>) -> Check {
     match files.read("/proc/sys/kernel/yama/ptrace_scope").as_deref() {
         Some("0") | None => warning(
             "ptrace",
-            "any process may trace others of the same user. VMMs cannot be traced (they are not dumpable, and without root \
-             they are in a namespace of their own), the daemon and other programs of its user can",
+            "any process may trace others of the same user. A VMM cannot trace another (it is not dumpable), but other \
+             programs of the user that runs the daemon can trace the daemon, and without root its VMMs too",
             "sysctl kernel.yama.ptrace_scope=1 (or 2), where the kernel has Yama",
         ),
         Some(scope) => ok("ptrace", format!("kernel.yama.ptrace_scope is {scope}")),

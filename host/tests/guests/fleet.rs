@@ -1,7 +1,7 @@
 //! A host for one test, its guests, and what they say.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use shoal_host::doctor::{Verdict, examine};
@@ -265,32 +265,58 @@ pub fn jeos(words: &str, script: &[&str]) -> GuestSpec {
     }
 }
 
-/// A TAP with an address on this machine, for as long as this lives.
-pub struct Tap(String);
+/// A TAP with the address [`Tap::ADDRESS`] on this machine, for as long as this lives.
+pub struct Tap {
+    name: String,
+    /// To be removed.
+    made: bool,
+    /// Two with one address would take each other's packets.
+    _only_one: MutexGuard<'static, ()>,
+}
+
+static ONLY_ONE: Mutex<()> = Mutex::new(());
 
 impl Tap {
-    /// Makes one; its name is this process's own.
+    /// The host's end of the network (RFC 5737).
+    pub const ADDRESS: &str = "198.51.100.1/24";
+
+    /// Takes the one that `SHOAL_TAP` names, which root has made for the user of this process, or else makes one.
     ///
     /// # Errors
     /// Why this machine lets us have none.
-    pub fn new(address: &str) -> Result<Self, String> {
-        let name = format!("shoalt{}", std::process::id());
-        // iproute2's ip, else busybox's own tool.
-        run("ip", &["tuntap", "add", "dev", &name, "mode", "tap"])
-            .or_else(|first| run("tunctl", &["-t", &name]).map_err(|second| format!("{first}; {second}")))?;
-        let tap = Self(name);
-        run("ip", &["addr", "add", address, "dev", &tap.0])?;
-        run("ip", &["link", "set", &tap.0, "up"])?;
+    pub fn new() -> Result<Self, String> {
+        let given = std::env::var("SHOAL_TAP").ok();
+        let mut tap = Self {
+            name: given
+                .clone()
+                .unwrap_or_else(|| format!("shoalt{}", std::process::id())),
+            made: false,
+            // A test that failed meanwhile has dropped its TAP.
+            _only_one: ONLY_ONE.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        if given.is_none() {
+            tap.make()?;
+        }
         Ok(tap)
     }
 
+    fn make(&mut self) -> Result<(), String> {
+        // iproute2's ip, else busybox's own tool.
+        run("ip", &["tuntap", "add", "dev", &self.name, "mode", "tap"]).or_else(|first| {
+            run("tunctl", &["-t", &self.name]).map_err(|second| format!("{first}; {second}"))
+        })?;
+        self.made = true;
+        run("ip", &["addr", "add", Self::ADDRESS, "dev", &self.name])?;
+        run("ip", &["link", "set", &self.name, "up"])
+    }
+
     pub fn name(&self) -> &str {
-        &self.0
+        &self.name
     }
 
     /// One of its counters.
     pub fn counter(&self, name: &str) -> u64 {
-        let path = format!("/sys/class/net/{}/statistics/{name}", self.0);
+        let path = format!("/sys/class/net/{}/statistics/{name}", self.name);
         let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
         text.trim().parse().unwrap_or_else(|e| panic!("{path}: {e}"))
     }
@@ -298,10 +324,11 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        if let Err(first) = run("ip", &["link", "del", &self.0])
-            && let Err(second) = run("tunctl", &["-d", &self.0])
+        if self.made
+            && let Err(first) = run("ip", &["link", "del", &self.name])
+            && let Err(second) = run("tunctl", &["-d", &self.name])
         {
-            println!("the interface {} is left: {first}; {second}", self.0);
+            println!("the interface {} is left: {first}; {second}", self.name);
         }
     }
 }
@@ -313,7 +340,9 @@ fn run(program: &str, arguments: &[&str]) -> Result<(), String> {
     if output.status.success() {
         Ok(())
     } else {
-        Err(said(String::from_utf8_lossy(&output.stderr).into_owned()))
+        let errors = String::from_utf8_lossy(&output.stderr);
+        // Busybox's tools follow with how they are used.
+        Err(said(errors.lines().next().unwrap_or_default().to_owned()))
     }
 }
 
