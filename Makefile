@@ -56,12 +56,18 @@ lint:
 fuzz: deps
 	@scripts/fuzz.sh $${SECONDS_EACH:-60}
 
-## bench         boot latency on this machine's /dev/kvm and in the lab
+## bench         every benchmark that this machine can run, QEMU beside, and their page: build/bench/report.html
 .PHONY: bench
 bench: build
 	@scripts/images.sh --reference
-	@$(BIN)/shoal-perf boot --probe
-	@$(BIN)/shoal-perf boot --lab
+	@$(BIN)/shoal-perf all --out build/bench --label "$$(git rev-parse --short HEAD 2>/dev/null)" \
+	    --history perf-tests/results
+
+## bench-check   the deterministic figures against perf-tests/baselines; fails when one grew, and names what grew
+.PHONY: bench-check
+bench-check: build
+	@scripts/images.sh --reference
+	@$(BIN)/shoal-perf check perf-tests/baselines/*.json
 
 ## clean         remove build/ and target/ (the kernel's cache stays)
 .PHONY: clean

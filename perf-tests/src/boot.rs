@@ -51,6 +51,17 @@ pub struct BesideArgs {
     peers: Vec<PeerArg>,
 }
 
+impl BesideArgs {
+    /// All that can be had without asking anybody for a cgroup.
+    pub fn all(peers: &[PeerArg]) -> Self {
+        Self {
+            jail: true,
+            cgroup: None,
+            peers: peers.to_vec(),
+        }
+    }
+}
+
 /// The halting probe guest, ready to be mapped.
 pub fn probe_guest() -> Result<Guest> {
     let mut file = tempfile::tempfile().context("making a temporary file")?;

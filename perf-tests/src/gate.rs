@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::linux::{self, Linux};
+use crate::linux::{self, Ours};
 use crate::results::{LinuxBoot, Stage};
 
 /// The form of a baseline file.
@@ -36,6 +36,9 @@ enum Figure {
     /// The result of `shoal-perf boot --lab`.
     #[serde(rename = "boot --lab")]
     BootLab,
+    /// The result of `shoal-perf boot --lab --image`.
+    #[serde(rename = "boot --lab --image")]
+    BootLabImage,
 }
 
 /// Why a baseline is refused.
@@ -141,12 +144,13 @@ fn most_grown(before: &[Stage], now: &[Stage]) -> Option<Grown> {
 }
 
 /// Measures each baseline's figure again. An error tells the regressions.
-pub fn check(paths: &[PathBuf], update: bool, linux: &Linux) -> Result<()> {
+pub fn check(paths: &[PathBuf], update: bool) -> Result<()> {
     let mut regressions = Vec::new();
     for path in paths {
         let mut baseline = Baseline::load(path)?;
         let now = match baseline.figure {
-            Figure::BootLab => linux::lab(linux, RUNS)?,
+            Figure::BootLab => linux::lab(&Ours::Reference.resolve()?, RUNS)?,
+            Figure::BootLabImage => linux::lab(&Ours::Image.resolve()?, RUNS)?,
         };
         if update {
             (baseline.init_ms, baseline.stages) = (now.init_ms, now.stages);
@@ -214,6 +218,7 @@ mod tests {
 
     fn boot(at: &[(&str, f64)]) -> LinuxBoot {
         LinuxBoot {
+            guest: String::new(),
             runs: 1,
             init_ms: at.last().unwrap().1,
             spread_percent: 0.0,

@@ -21,6 +21,11 @@ pub const LAB: &str = "Linux guest in the lab, time counted in instructions";
 /// The command line behind Firecracker's 134 ms (docs/performance.md tells where it comes from).
 const REFERENCE_CMDLINE: &str = "console=ttyS0 quiet 8250.nr_uarts=1 i8042.noaux i8042.nomux i8042.nopnp \
     i8042.dumbkbd reboot=k panic=-1 pci=off nokaslr";
+const REFERENCE_MARKER: &str = "GUEST-UP";
+/// What Shoal's own image needs: no driver of it waits for hardware that is not there.
+const IMAGE_CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
+/// What its process 1 writes when the guest is ready.
+const IMAGE_MARKER: &str = "shoal-init: ready";
 const REFERENCE_MEMORY_MIB: u64 = 128;
 
 /// What a Linux guest is booted from, and how its boot is seen to be done.
@@ -39,8 +44,11 @@ pub struct LinuxArgs {
     #[arg(long, value_enum, default_value = "host")]
     pages: PagesArg,
     /// The console output to wait for with --lab and --here
-    #[arg(long, default_value = "GUEST-UP")]
+    #[arg(long, default_value = REFERENCE_MARKER)]
     marker: String,
+    /// With --lab and --here: Shoal's own kernel and initial RAM disk, as `make images` leaves them
+    #[arg(long, conflicts_with_all = ["kernel", "initrd", "cmdline", "marker"])]
+    image: bool,
     /// Prints what the guest of the last start wrote to its console up to the marker, to standard error
     #[arg(long)]
     console: bool,
@@ -69,14 +77,49 @@ impl From<PagesArg> for Pages {
 /// [`LinuxArgs`] with the files found.
 pub struct Linux {
     args: LinuxArgs,
+    what: String,
     kernel: PathBuf,
     initrd: PathBuf,
 }
 
-impl LinuxArgs {
-    /// Finds the files: the given ones, else the reference ones of `make bench`.
+/// Which guest of ours is booted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ours {
+    /// The kernel and initial RAM disk that Firecracker's figure was taken with.
+    Reference,
+    /// What `make images` builds for users.
+    Image,
+}
+
+impl Ours {
+    /// Its files, found.
     pub fn resolve(self) -> Result<Linux> {
+        LinuxArgs {
+            kernel: None,
+            initrd: None,
+            cmdline: REFERENCE_CMDLINE.into(),
+            pages: PagesArg::Host,
+            marker: REFERENCE_MARKER.into(),
+            image: self == Self::Image,
+            console: false,
+        }
+        .resolve()
+    }
+}
+
+impl LinuxArgs {
+    /// Finds the files: the given ones, else the reference ones of `make bench`, or those of Shoal's image.
+    pub fn resolve(mut self) -> Result<Linux> {
         let folder = sibling("shoal-vmm")?.with_file_name("../images");
+        let given = self.kernel.is_some() || self.initrd.is_some();
+        let what = match (self.image, given) {
+            (true, _) => "Shoal's own image",
+            (_, true) => "another kernel or initial RAM disk",
+            _ => "the reference kernel and initial RAM disk",
+        };
+        if self.image {
+            (self.cmdline, self.marker) = (IMAGE_CMDLINE.into(), IMAGE_MARKER.into());
+        }
         let pick = |given: &Option<PathBuf>, name: &str| {
             let path = given.clone().unwrap_or_else(|| folder.join(name));
             match path.canonicalize() {
@@ -87,10 +130,15 @@ impl LinuxArgs {
                 ),
             }
         };
-        let kernel = pick(&self.kernel, "reference/vmlinux")?;
-        let initrd = pick(&self.initrd, "reference/initramfs.gz")?;
+        let names = match self.image {
+            true => ["vmlinux", "initramfs.cpio.gz"],
+            false => ["reference/vmlinux", "reference/initramfs.gz"],
+        };
+        let kernel = pick(&self.kernel, names[0])?;
+        let initrd = pick(&self.initrd, names[1])?;
         Ok(Linux {
             args: self,
+            what: what.into(),
             kernel,
             initrd,
         })
@@ -132,6 +180,7 @@ pub fn here(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
     let samples: Vec<f64> = all.iter().map(|s| ms(s.elapsed)).collect();
     let (min, max) = (quantile(&samples, 0.0), quantile(&samples, 1.0));
     Ok(LinuxBoot {
+        guest: linux.what.clone(),
         runs: samples.len() as u32,
         init_ms: median(&samples),
         spread_percent: (max - min) / median(&samples) * 100.0,
@@ -142,7 +191,10 @@ pub fn here(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
 
 /// Prints a boot as a table.
 pub fn print(method: &str, boot: &LinuxBoot) {
-    println!("{method}: VMM process start to the first line of init");
+    println!(
+        "{method}: VMM process start to the first line of init, {}",
+        boot.guest
+    );
     println!(
         "  median of {} starts  {:.2} ms (spread {:.2} %)",
         boot.runs, boot.init_ms, boot.spread_percent
@@ -165,7 +217,10 @@ pub fn lab(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
         inside.push("--console".into());
     }
     match crate::lab::run(&inside, &[&linux.kernel, &linux.initrd])?.measured {
-        Measured::BootLinux(boot) => Ok(boot),
+        Measured::BootLinux(boot) => Ok(LinuxBoot {
+            guest: linux.what.clone(),
+            ..boot
+        }),
         _ => bail!("the lab printed another kind of result than a boot"),
     }
 }

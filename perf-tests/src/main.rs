@@ -3,10 +3,12 @@
 
 #![deny(unsafe_code)]
 
+mod all;
 mod boot;
 mod density;
 mod driver;
 mod gate;
+mod history;
 mod lab;
 mod linux;
 mod machine;
@@ -44,6 +46,8 @@ enum Command {
     Boot(BootArgs),
     /// Host memory per idle guest, and start latency against the number that runs
     Density(DensityArgs),
+    /// Every benchmark that can run here, and the report
+    All(all::AllArgs),
     /// Measures what each baseline file holds again, and fails when a figure grew by more than the file tolerates
     Check(CheckArgs),
     /// Makes one self-contained HTML page with plots from results files (--save, or --json to a file)
@@ -59,6 +63,9 @@ struct OutArgs {
     /// Also writes the result as JSON to this file
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
+    /// Of which commit or release the figures are; the report's history shows it
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    label: String,
 }
 
 #[derive(clap::Args)]
@@ -108,8 +115,6 @@ struct CheckArgs {
     /// Writes what is measured into the files instead; the tolerance stays
     #[arg(long)]
     update: bool,
-    #[command(flatten)]
-    linux: linux::LinuxArgs,
 }
 
 #[derive(clap::Args)]
@@ -123,6 +128,9 @@ struct ReportArgs {
     /// Also writes each plot as an SVG file into this folder
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
+    /// Earlier results (files, or folders of them) for the history; they get no sections of their own
+    #[arg(long, value_name = "PATH")]
+    history: Vec<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -131,8 +139,11 @@ fn main() -> anyhow::Result<()> {
     match command {
         Command::Boot(args) => measure_boot(args),
         Command::Density(args) => measure_density(&args),
-        Command::Report(args) => report::write(&args.results, &args.output, args.svg.as_deref()),
-        Command::Check(args) => gate::check(&args.baselines, args.update, &args.linux.resolve()?),
+        Command::Report(args) => {
+            report::write(&args.results, &args.history, &args.output, args.svg.as_deref())
+        }
+        Command::All(args) => all::run(&args),
+        Command::Check(args) => gate::check(&args.baselines, args.update),
     }
 }
 
@@ -171,10 +182,7 @@ fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
 }
 
 fn deliver(method: &str, machine: Machine, measured: Measured, out: &OutArgs) -> anyhow::Result<()> {
-    let result = ResultFile::new(method, machine, signal::interrupted(), measured);
-    result.deliver(out.json, out.save.as_deref(), || match &result.measured {
-        Measured::BootProbe(boot) => boot::print(boot),
-        Measured::BootLinux(boot) => linux::print(method, boot),
-        Measured::Density(density) => density::print(density),
-    })
+    let mut result = ResultFile::new(method, machine, signal::interrupted(), measured);
+    result.label.clone_from(&out.label);
+    result.deliver(out.json, out.save.as_deref())
 }

@@ -80,6 +80,13 @@ impl Plot {
         ));
     }
 
+    fn dot(&mut self, (x, y): (f64, f64), radius: f64, colour: usize) {
+        let c = colour % COLOURS;
+        self.add(format_args!(
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" style=\"fill:var(--c{c})\"/>"
+        ));
+    }
+
     fn line(&mut self, (x1, y1): (f64, f64), (x2, y2): (f64, f64), class: &str) {
         self.add(format_args!(
             "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" class=\"{class}\"/>"
@@ -118,6 +125,15 @@ impl Plot {
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" \
              height=\"{height:.0}\" role=\"img\">\n<title>{title}</title>\n{inside}{body}</svg>\n"
+        )
+    }
+
+    /// The same with its title above.
+    pub fn figure(&self) -> String {
+        format!(
+            "<figure><figcaption>{}</figcaption>\n{}</figure>\n",
+            escape(&self.title),
+            self.inline()
         )
     }
 
@@ -333,11 +349,8 @@ pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], 
             .map(|p| (x.place(p.0), y.place(p.1.max(0.0))))
             .collect();
         if dots {
-            let c = i % COLOURS;
-            for (x, y) in placed {
-                plot.add(format_args!(
-                    "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\" style=\"fill:var(--c{c})\"/>"
-                ));
+            for place in placed {
+                plot.dot(place, 2.5, i);
             }
         } else {
             plot.curve(&placed, i);
@@ -345,6 +358,36 @@ pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], 
     }
     let names: Vec<String> = series.iter().map(|s| s.0.to_owned()).collect();
     plot.height = plot.legend(&names, bottom + 48.0) + 8.0;
+    plot
+}
+
+/// One figure from commit to commit, with the name of each and its figure.
+pub fn history(title: &str, unit: &str, points: &[(&str, f64)]) -> Plot {
+    let (left, right, top, bottom) = (60.0, WIDTH - 40.0, 34.0, 200.0);
+    let mut plot = Plot::new(title, bottom + 44.0);
+    let last = points.len().saturating_sub(1).max(1) as f64;
+    let x = Axis::linear(last, (left + 30.0, right));
+    let y = Axis::linear(
+        points.iter().map(|p| p.1).fold(0.0, f64::max) * 1.15,
+        (bottom, top),
+    );
+    draw_y(&mut plot, &y, (left, right), unit);
+    let placed: Vec<(f64, f64)> = points
+        .iter()
+        .enumerate()
+        .map(|(i, p)| (x.place(i as f64), y.place(p.1.max(0.0))))
+        .collect();
+    plot.curve(&placed, 0);
+    // As many names as have room beside each other.
+    let every = points.len().div_ceil(9).max(1);
+    for (i, (&(cx, cy), &(label, figure))) in placed.iter().zip(points).enumerate() {
+        plot.dot((cx, cy), 3.5, 0);
+        if i % every == 0 || i + 1 == points.len() {
+            let label: String = label.chars().take(10).collect();
+            plot.text((cx, bottom + 18.0), "middle", "dim", &label);
+            plot.text((cx, cy - 9.0), "middle", "", &short(figure));
+        }
+    }
     plot
 }
 
@@ -385,6 +428,8 @@ mod tests {
             timeline("t", &[("a", 0.0), ("b", -1.0)]),
             ratios("t", "u", &[]),
             over_guests("t", "u", &[("a", vec![])], false),
+            history("t", "u", &[]),
+            history("t", "u", &[("a", -1.0), ("b", 0.0)]),
             over_guests("t", "u", &[("a", vec![(0.0, -5.0), (1e9, 1e9)])], true),
         ] {
             let svg = plot.inline();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::gate::durations;
+use crate::history;
 use crate::machine::Machine;
 use crate::plot::{self, Plot, Ratio, STYLE, escape, short};
 use crate::results::{Density, LinuxBoot, Measured, ProbeBoot, ResultFile};
@@ -28,38 +29,71 @@ struct Section {
     plots: Vec<(String, Plot)>,
 }
 
-/// Reads `files` and writes the page; and each plot as a file into `svg`. A file that is refused is told, and the page
-/// is made of the others.
-pub fn write(files: &[PathBuf], output: &Path, svg: Option<&Path>) -> Result<()> {
-    let mut sections = Vec::new();
-    for path in files {
-        match ResultFile::load(path) {
-            Ok(result) => sections.push(section(sections.len() + 1, path, &result)),
-            Err(e) => eprintln!("shoal-perf: left out: {:#}", anyhow::Error::from(e)),
+/// Reads `files` and writes the page, with a history of those and of `earlier` ones; and each plot as a file into
+/// `svg`. A file that is refused is told, and the page is made of the others.
+pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Path, svg: Option<&Path>) -> Result<()> {
+    let (mut sections, mut results, mut refused) = (Vec::new(), Vec::new(), 0);
+    let mut load = |path: &PathBuf| {
+        let told = |e| eprintln!("shoal-perf: left out: {:#}", anyhow::Error::from(e));
+        let result = ResultFile::load(path).map_err(told).ok();
+        refused += u32::from(result.is_none());
+        result
+    };
+    let files = history::find(files)?;
+    for path in &files {
+        if let Some(result) = load(path) {
+            sections.push(section(path, &result));
+            results.push(result);
         }
     }
     if sections.is_empty() {
         bail!("no results file could be used: the reasons are above");
     }
+    results.extend(history::find(earlier)?.iter().filter_map(&mut load));
+    let used = results.len();
+    sections.extend(over_time(&results));
     std::fs::write(output, page(&sections))
         .with_context(|| format!("writing the report {}", output.display()))?;
-    println!("{}: {} results", output.display(), sections.len());
+    println!("{}: {used} results", output.display());
     if let Some(folder) = svg {
         std::fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
-        for (name, plot) in sections.iter().flat_map(|s| &s.plots) {
-            let path = folder.join(name).with_extension("svg");
+        for (i, (name, plot)) in sections.iter().flat_map(|s| &s.plots).enumerate() {
+            let same = |s: &Section| s.plots.iter().filter(|p| p.0 == *name).count();
+            // Two files of one name in two folders.
+            let name = match sections.iter().map(same).sum::<usize>() {
+                1 => name.clone(),
+                _ => format!("{name}-{i}"),
+            };
+            let path = folder.join(name + ".svg");
             std::fs::write(&path, plot.file())
                 .with_context(|| format!("writing the plot {}", path.display()))?;
         }
     }
-    if sections.len() < files.len() {
+    if refused > 0 {
         bail!(
-            "{} of {} results files were left out",
-            files.len() - sections.len(),
-            files.len()
+            "{refused} of {} results files were left out",
+            used + refused as usize
         );
     }
     Ok(())
+}
+
+/// What changed from result to result; none if nothing was measured twice.
+fn over_time(results: &[ResultFile]) -> Option<Section> {
+    let plots = history::plots(results);
+    if plots.is_empty() {
+        return None;
+    }
+    let mut html = "<h2>History</h2>\n<p>Each figure in the order in which it was measured, by the label that it was \
+                    given. The lab's are comparable from machine to machine; the others are, if at all, on one \
+                    machine only.</p>\n"
+        .to_owned();
+    let mut named = Vec::new();
+    for (i, plot) in plots.into_iter().enumerate() {
+        html.push_str(&plot.figure());
+        named.push((format!("history-{}", i + 1), plot));
+    }
+    Some(Section { html, plots: named })
 }
 
 fn page(sections: &[Section]) -> String {
@@ -76,15 +110,16 @@ fn page(sections: &[Section]) -> String {
     html + "</body></html>\n"
 }
 
-fn section(number: usize, path: &Path, result: &ResultFile) -> Section {
+fn section(path: &Path, result: &ResultFile) -> Section {
     let (title, figures, plots) = match &result.measured {
         Measured::BootProbe(boot) => probe_boot(boot),
         Measured::BootLinux(boot) => linux_boot(boot),
         Measured::Density(density) => density_run(density),
     };
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let mut html = format!(
         "<h2>{}</h2>\n<p class=\"dim\">{}; file {}{}</p>\n{figures}",
-        escape(title),
+        escape(&title),
         escape(&result.method),
         escape(&path.file_name().unwrap_or_default().to_string_lossy()),
         if result.interrupted {
@@ -95,14 +130,15 @@ fn section(number: usize, path: &Path, result: &ResultFile) -> Section {
     );
     let mut named = Vec::new();
     for (name, plot) in plots {
-        html.push_str(&plot.inline());
-        named.push((format!("{number}-{name}"), plot));
+        html.push_str(&plot.figure());
+        named.push((format!("{stem}-{name}"), plot));
     }
     html.push_str(&machine(&result.machine, result.taken));
     Section { html, plots: named }
 }
 
-type Part = (&'static str, String, Vec<(&'static str, Plot)>);
+/// Its title, its figures, and its plots with their names.
+type Part = (String, String, Vec<(&'static str, Plot)>);
 
 fn probe_boot(boot: &ProbeBoot) -> Part {
     let mut html = format!(
@@ -162,7 +198,11 @@ fn probe_boot(boot: &ProbeBoot) -> Part {
             plot::timeline("What a start is made of", &durations(&boot.stages)),
         ),
     ];
-    ("From process start to the guest's first output", html, plots)
+    (
+        "From process start to the guest's first output".into(),
+        html,
+        plots,
+    )
 }
 
 fn linux_boot(boot: &LinuxBoot) -> Part {
@@ -177,7 +217,10 @@ fn linux_boot(boot: &LinuxBoot) -> Part {
         plot::timeline("What a boot is made of", &durations(&boot.stages)),
     )];
     (
-        "A Linux guest: from process start to the first line of init",
+        match boot.guest.as_str() {
+            "" => "A Linux guest: from process start to the first line of init".into(),
+            guest => format!("{guest}: from process start to the first line of init"),
+        },
         html,
         plots,
     )
@@ -258,7 +301,7 @@ fn density_run(d: &Density) -> Part {
             ),
         ),
     ];
-    ("Density", html, plots)
+    ("Density".into(), html, plots)
 }
 
 /// A count without a point, another figure with three digits.
@@ -348,7 +391,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let page = folder.path().join("r.html");
         let svg = folder.path().join("svg");
-        write(&files(folder.path()), &page, Some(&svg)).unwrap();
+        write(&files(folder.path()), &[], &page, Some(&svg)).unwrap();
         let html = std::fs::read_to_string(page).unwrap();
         assert!(!html.contains("<script") && !html.contains("<i>") && !html.contains("\"><b>"));
         assert_eq!(html.matches("<svg").count(), 5);
@@ -364,12 +407,12 @@ mod tests {
         let page = folder.path().join("r.html");
         let mut all = files(folder.path());
         std::fs::write(&all[1], "{\"schema\":1,").unwrap();
-        let told = write(&all, &page, None).unwrap_err().to_string();
+        let told = write(&all, &[], &page, None).unwrap_err().to_string();
         assert!(told.contains("1 of 2"), "{told}");
         assert!(page.exists());
         std::fs::remove_file(&page).unwrap();
         all.remove(0);
-        assert!(write(&all, &page, None).is_err());
+        assert!(write(&all, &[], &page, None).is_err());
         assert!(!page.exists());
     }
 }

@@ -64,6 +64,9 @@ pub struct ResultFile {
     pub method: String,
     /// Version of shoal-perf.
     pub version: String,
+    /// Of which commit or release, if it was told (--label).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub label: String,
     /// Seconds since 1970.
     pub taken: u64,
     /// On what. In the lab: the machine that the lab ran on, which does not matter to the figure.
@@ -153,6 +156,9 @@ impl Subject {
 /// Boots of a Linux guest. Times in ms.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct LinuxBoot {
+    /// What was booted.
+    #[serde(default)]
+    pub guest: String,
     /// Boots that counted.
     pub runs: u32,
     /// VMM process start to the first line of the guest's init: median.
@@ -232,6 +238,7 @@ impl ResultFile {
             schema: SCHEMA,
             method: method.into(),
             version: env!("CARGO_PKG_VERSION").into(),
+            label: String::new(),
             taken: now.map_or(0, |d| d.as_secs()),
             machine,
             interrupted,
@@ -287,6 +294,7 @@ impl ResultFile {
     fn check(&self) -> Result<(), String> {
         text("method", &self.method)?;
         text("version", &self.version)?;
+        text("label", &self.label)?;
         let m = &self.machine;
         for t in [&m.cpu, &m.kernel, &m.kvm, &m.governor, &m.huge_pages] {
             text("machine", t)?;
@@ -302,12 +310,16 @@ impl ResultFile {
         }
     }
 
-    /// Prints the result as JSON, or by `table`, and writes it to the file `save`, if any.
-    pub fn deliver(&self, json: bool, save: Option<&Path>, table: impl FnOnce()) -> Result<()> {
+    /// Prints the result as JSON or as a table, and writes it to the file `save`, if any.
+    pub fn deliver(&self, json: bool, save: Option<&Path>) -> Result<()> {
         if json {
             println!("{}", serde_json::to_string_pretty(self)?);
         } else {
-            table();
+            match &self.measured {
+                Measured::BootProbe(boot) => crate::boot::print(boot),
+                Measured::BootLinux(boot) => crate::linux::print(&self.method, boot),
+                Measured::Density(density) => crate::density::print(density),
+            }
             if self.interrupted {
                 println!("  interrupted: these are the figures up to then");
             }
@@ -386,6 +398,7 @@ impl ProbeBoot {
 
 impl LinuxBoot {
     fn check(&self) -> Result<(), String> {
+        text("guest", &self.guest)?;
         figure("init_ms", self.init_ms)?;
         figure("spread_percent", self.spread_percent)?;
         samples("samples_ms", &self.samples_ms)?;

@@ -1,0 +1,264 @@
+//! Every benchmark that this machine can run, one after another, and the page of their results.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+
+use crate::boot::BesideArgs;
+use crate::driver::sibling;
+use crate::linux::Ours;
+use crate::machine::Machine;
+use crate::peers::PeerArg;
+use crate::results::{Measured, ResultFile};
+use crate::signal::interrupted;
+use crate::{boot, density, linux, report};
+
+/// What `all` runs, and where its results go.
+#[derive(clap::Args)]
+pub struct AllArgs {
+    /// The folder for results (NAME.json), the page (report.html) and its plots (plots/*.svg)
+    #[arg(long, default_value = "build/bench", value_name = "DIR")]
+    out: PathBuf,
+    /// Only these benchmarks
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    only: Vec<String>,
+    /// Other VMMs to compare with: qemu=PATH, firecracker=PATH or cloud-hypervisor=PATH (repeatable)
+    #[arg(
+        long = "peer",
+        value_name = "NAME=PATH",
+        default_value = "qemu=qemu-system-x86_64"
+    )]
+    peers: Vec<PeerArg>,
+    /// Of which commit or release the figures are; the report's history shows it
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    label: String,
+    /// Earlier results (files, or folders of them) for the report's history
+    #[arg(long, value_name = "PATH")]
+    history: Vec<PathBuf>,
+}
+
+/// What a benchmark cannot do without.
+#[derive(Clone, Copy)]
+enum Need {
+    /// A /dev/kvm that opens.
+    Kvm,
+    /// One that boots Linux.
+    HardwareKvm,
+    /// The lab.
+    Lab,
+    /// A guest of ours.
+    Guest(Ours),
+}
+
+impl Need {
+    /// Why it is not there.
+    fn missing(self, machine: &Machine) -> Option<String> {
+        match self {
+            Self::Kvm => match File::options().read(true).write(true).open("/dev/kvm") {
+                Ok(_) => None,
+                Err(e) => Some(format!("/dev/kvm does not open: {e}")),
+            },
+            Self::HardwareKvm => (!machine.kvm.starts_with("hardware")).then(|| {
+                format!(
+                    "Linux guests do not boot on this machine's KVM, which is: {}",
+                    machine.kvm
+                )
+            }),
+            Self::Lab => match (sibling("shoal-lab"), on_path("qemu-system-x86_64")) {
+                (Err(e), _) => Some(format!("{e:#}")),
+                (_, None) => {
+                    Some("qemu-system-x86_64 is not on PATH, and the lab runs in it: make deps".into())
+                }
+                _ => None,
+            },
+            Self::Guest(ours) => ours.resolve().err().map(|e| format!("{e:#}")),
+        }
+    }
+}
+
+fn on_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|p| p.is_file())
+}
+
+/// A benchmark.
+struct Bench {
+    /// Its name, and that of its file.
+    name: &'static str,
+    needs: &'static [Need],
+    run: fn(&AllArgs) -> Result<(&'static str, Measured)>,
+}
+
+/// All, those first that say most in the least time.
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "boot-probe",
+        needs: &[Need::Kvm],
+        run: |args| {
+            let boot = boot::probe(40, &BesideArgs::all(&args.peers))?;
+            Ok((boot::PROBE, Measured::BootProbe(boot)))
+        },
+    },
+    Bench {
+        name: "boot-lab-reference",
+        needs: &[Need::Lab, Need::Guest(Ours::Reference)],
+        run: |_| {
+            Ok((
+                linux::LAB,
+                Measured::BootLinux(linux::lab(&Ours::Reference.resolve()?, 3)?),
+            ))
+        },
+    },
+    Bench {
+        name: "boot-lab-image",
+        needs: &[Need::Lab, Need::Guest(Ours::Image)],
+        run: |_| {
+            Ok((
+                linux::LAB,
+                Measured::BootLinux(linux::lab(&Ours::Image.resolve()?, 3)?),
+            ))
+        },
+    },
+    Bench {
+        name: "boot-here-image",
+        needs: &[Need::Kvm, Need::HardwareKvm, Need::Guest(Ours::Image)],
+        run: |_| {
+            Ok((
+                linux::HERE,
+                Measured::BootLinux(linux::here(&Ours::Image.resolve()?, 20)?),
+            ))
+        },
+    },
+    Bench {
+        name: "density-probe",
+        needs: &[Need::Kvm],
+        run: |_| Ok((density::PROBE, Measured::Density(density::probe(200)?))),
+    },
+    Bench {
+        name: "density-lab",
+        needs: &[Need::Lab],
+        run: |_| Ok((density::LAB, Measured::Density(density::lab(200)?))),
+    },
+];
+
+/// Runs all that can run here. What cannot is told, what fails is told, and the rest goes on; the page is made of what
+/// was measured. An error says how many failed.
+pub fn run(args: &AllArgs) -> Result<()> {
+    check_names(&args.only)?;
+    fs::create_dir_all(&args.out).with_context(|| format!("making the folder {}", args.out.display()))?;
+    let chosen = |b: &&Bench| args.only.is_empty() || args.only.iter().any(|n| n == b.name);
+    let benches: Vec<&Bench> = BENCHES.iter().filter(chosen).collect();
+    let (mut files, mut failed, mut skipped) = (Vec::new(), Vec::new(), 0);
+    for (i, bench) in benches.iter().enumerate() {
+        if interrupted() {
+            break;
+        }
+        println!("== {}/{} {}", i + 1, benches.len(), bench.name);
+        let machine = Machine::here();
+        if let Some(why) = bench.needs.iter().find_map(|need| need.missing(&machine)) {
+            println!("SKIP: {}: {why}", bench.name);
+            skipped += 1;
+            continue;
+        }
+        let begin = Instant::now();
+        match one(args, bench, machine) {
+            Ok(path) => {
+                println!("   {:.0} s, in {}", begin.elapsed().as_secs_f64(), path.display());
+                files.push(path);
+            }
+            // Ctrl-C reaches the lab too.
+            Err(_) if interrupted() => println!("   interrupted before it had measured anything"),
+            Err(e) => {
+                eprintln!("shoal-perf: {} failed: {e:#}", bench.name);
+                failed.push(bench.name);
+            }
+        }
+    }
+    println!(
+        "== {} measured, {} failed, {skipped} skipped",
+        files.len(),
+        failed.len()
+    );
+    make_page(args, &files)?;
+    if interrupted() {
+        bail!(
+            "interrupted: what was measured until then is in {}",
+            args.out.display()
+        );
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}; the reasons are above", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn check_names(only: &[String]) -> Result<()> {
+    let known = || BENCHES.iter().map(|b| b.name);
+    match only.iter().find(|n| !known().any(|k| k == n.as_str())) {
+        None => Ok(()),
+        Some(n) => bail!(
+            "there is no benchmark {n:?}; there are {}",
+            known().collect::<Vec<_>>().join(", ")
+        ),
+    }
+}
+
+/// Measures one, prints it, and writes its file.
+fn one(args: &AllArgs, bench: &Bench, machine: Machine) -> Result<PathBuf> {
+    let path = args.out.join(bench.name).with_extension("json");
+    // An older result must not pass for one of this run, should this fail.
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("removing the older {}", path.display()));
+        }
+        _ => {}
+    }
+    let (method, measured) = (bench.run)(args)?;
+    let mut result = ResultFile::new(method, machine, interrupted(), measured);
+    result.label.clone_from(&args.label);
+    result.deliver(false, Some(&path))?;
+    Ok(path)
+}
+
+fn make_page(args: &AllArgs, files: &[PathBuf]) -> Result<()> {
+    if files.is_empty() {
+        println!("nothing was measured: no report");
+        return Ok(());
+    }
+    let page: &Path = &args.out.join("report.html");
+    report::write(files, &args.history, page, Some(&args.out.join("plots")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_known_and_different() {
+        let mut names: Vec<_> = BENCHES.iter().map(|b| b.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), BENCHES.len());
+        assert!(check_names(&["boot-probe".into()]).is_ok());
+        let told = check_names(&["boot".into()]).unwrap_err().to_string();
+        assert!(
+            told.contains("\"boot\"") && told.contains("density-lab"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let mut machine = Machine::here();
+        machine.kvm = "pagetable (no hardware virtualization)".into();
+        let why = Need::HardwareKvm.missing(&machine).unwrap();
+        assert!(why.contains("pagetable"), "{why}");
+        machine.kvm = "hardware (VMX)".into();
+        assert!(Need::HardwareKvm.missing(&machine).is_none());
+        assert!(on_path("no-such-program").is_none() && on_path("sh").is_some());
+    }
+}
