@@ -13,6 +13,17 @@ struct Guest {
     defines: &'static [&'static str],
 }
 
+const PROBE: &[&str] = &[
+    "entry.S",
+    "probe.c",
+    "measure.c",
+    "virtio.c",
+    "block.c",
+    "net.c",
+    "vsock.c",
+    "pieces.ld",
+];
+
 const GUESTS: &[Guest] = &[
     Guest {
         name: "minimal-pvh.elf",
@@ -36,12 +47,12 @@ const GUESTS: &[Guest] = &[
     },
     Guest {
         name: "probe.elf",
-        sources: &["entry.S", "probe.c", "pieces.ld"],
+        sources: PROBE,
         defines: &[],
     },
     Guest {
         name: "probe-64.elf",
-        sources: &["entry.S", "probe.c", "pieces.ld"],
+        sources: PROBE,
         defines: &["-DLONG64"],
     },
 ];

@@ -1,10 +1,7 @@
 // The probe at ring 3: says that it is there, then does what the kernel command line asks for, word by word, in order.
 // The words are described in guest-images/README.md. All numbers are unsigned, decimal or 0x-hexadecimal.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long u64;
+#include "probe.h"
 
 enum { KIND_PVH = 1, KIND_LINUX = 2 };
 enum { SERVICE_SPIN, SERVICE_HALT, SERVICE_TRIPLE, SERVICE_CMPXCHG16B, SERVICE_XRSTOR, SERVICE_INT3,
@@ -28,14 +25,7 @@ static u64 ask_ring0(u64 service, u64 argument)
     return service;
 }
 
-static u64 now(void)
-{
-    u32 low, high;
-    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high));
-    return (u64)high << 32 | low;
-}
-
-static void print(const char *text)
+void print(const char *text)
 {
     while (*text)
         out8(COM1, *text++);
@@ -51,7 +41,7 @@ static void print_hex(u64 value)
         out8(COM1, "0123456789abcdef"[value >> shift & 15]);
 }
 
-static void print_number(u64 value)
+void print_number(u64 value)
 {
     char digits[21], *p = digits + 20;
     *p = 0;
@@ -83,7 +73,7 @@ __attribute__((noreturn, used)) void probe_exception(u64 vector, u64 error, u64 
     reset();
 }
 
-static int equal(const char *a, const char *b)
+int equal(const char *a, const char *b)
 {
     while (*a && *a == *b)
         a++, b++;
@@ -91,7 +81,7 @@ static int equal(const char *a, const char *b)
 }
 
 // Reads a number and moves the pointer behind it; 0 when there is none.
-static u64 number(const char **text)
+u64 number(const char **text)
 {
     const char *p = *text;
     u64 value = 0, base = 10;
@@ -112,7 +102,7 @@ static u64 number(const char **text)
 }
 
 // "probe: NAME COUNT in TSC cycles"
-static void report(const char *name, u64 count, u64 cycles)
+void report(const char *name, u64 count, u64 cycles)
 {
     print("probe: ");
     print(name);
@@ -227,7 +217,7 @@ static void echo(u64 n)
 
 static u64 seed = 1;
 
-static u64 rnd(void) // xorshift64*
+u64 rnd(void) // xorshift64*
 {
     seed ^= seed >> 12;
     seed ^= seed << 25;
@@ -355,11 +345,17 @@ static void obey(const char *key, const char *value)
     else if (equal(key, "poke")) poke(v);
     else if (equal(key, "seed")) seed = number(&v) | 1;
     else if (equal(key, "garbage")) garbage(number(&v));
+    else if (equal(key, "block")) block(v);
+    else if (equal(key, "net")) net(v);
+    else if (equal(key, "vsock")) vsock(v);
     else if (equal(key, "exit")) leave(v);
+    else set_measure(key, number(&v));
 }
 
+const char *command_line;
+
 // hvm_start_info: cmdline_paddr at 24. boot_params: cmd_line_ptr at 0x228, its upper half at 0xc8.
-static const char *command_line(u64 pointer, u64 kind)
+static const char *find_command_line(u64 pointer, u64 kind)
 {
     u64 address = kind == KIND_PVH ? *(u64 *)(pointer + 24) : *(u32 *)(pointer + 0x228) | (u64) * (u32 *)(pointer + 0xc8) << 32;
     return address && address < MAPPED - CMDLINE_MAX ? (const char *)address : "";
@@ -368,7 +364,7 @@ static const char *command_line(u64 pointer, u64 kind)
 __attribute__((noreturn, used)) void probe_main(u64 pointer, u64 kind)
 {
     print("probe: ready\n");
-    const char *p = command_line(pointer, kind), *end = p + CMDLINE_MAX;
+    const char *p = command_line = find_command_line(pointer, kind), *end = p + CMDLINE_MAX;
     while (p < end && *p) {
         char word[WORD_MAX];
         u64 length = 0, equals = WORD_MAX - 1;
