@@ -34,7 +34,7 @@ images: build
 demo: images
 	@scripts/demo.sh
 
-## test          every test: units, /dev/kvm, Linux guests in the lab, fuzz targets for a few seconds each
+## test          every test: units, /dev/kvm, Linux guests in the lab, the jail, policies, fuzz targets for a few seconds
 .PHONY: test
 test: images
 	@scripts/test.sh

@@ -2,6 +2,8 @@
 # Every test. Closes with one line: N passed, N failed, N skipped. What runs where:
 #   - unit and integration tests on this machine, with /dev/kvm where it works (bare-metal guests do everywhere);
 #   - Linux guests in the lab, all in one start of it as root and all in another as an ordinary user;
+#   - the program that tries to leave the jail, here and in the lab;
+#   - the seccomp policies, that no line of them is unused by the tests;
 #   - the fuzz targets, a few seconds each.
 # A test that cannot run here prints `SKIP: name: reason` and is counted as skipped.
 set -eu -o pipefail
@@ -36,13 +38,23 @@ joined() { # DESCRIPTOR
 step "tests on this machine" cargo test --release --workspace --no-fail-fast -- --show-output
 scripts/test-images.sh
 scripts/build-tests.sh
-# Two machines of one processor each, side by side.
-exec {beside}< <(code=0; scripts/lab-tests.sh user 2>&1 || code=$?; echo "exit code $code")
+# Machines of the lab have one processor each, so two run side by side.
+beside() { # COMMAND…: its output and its exit code, for `joined`
+    local code=0
+    "$@" 2>&1 || code=$?
+    echo "exit code $code"
+}
+exec {user}< <(beside scripts/lab-tests.sh user)
 step "Linux guests in the lab, as root" scripts/lab-tests.sh root
-step "Linux guests in the lab, as an ordinary user" joined "$beside"
+step "Linux guests in the lab, as an ordinary user" joined "$user"
+exec {policies}< <(beside scripts/policy-check.sh)
+step "ways out of the jail" scripts/test-jail.sh
+# Its sum in a harness's words, for the tally.
+tail -n 1 "$log" | sed -n 's/^\([0-9]* passed\), \([0-9]* failed\)\(, \([0-9]*\) skipped\)\?$/test result: \1; \2; 0\4 ignored/p' >> "$log"
 step "fuzz targets" scripts/fuzz.sh "${FUZZ_SECONDS:-5}"
+step "seccomp policies" joined "$policies"
 
-skipped=$(grep -h '^SKIP: ' "$log" | sort -u || true)
+skipped=$(grep -hE '^(SKIP:|skipped) ' "$log" | sort -u || true)
 [ -z "$skipped" ] || printf '== skipped\n%s\n' "$skipped"
 echo "== all tests"
 if [ -n "$broken" ]; then

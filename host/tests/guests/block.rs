@@ -1,6 +1,8 @@
-//! Disks: what a guest writes and flushes is there after its reset, for it and for the host.
+//! Disks: what a guest writes and flushes is there after its reset, for it and for the host; what it discards is the
+//! host's again.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 
 use shoal_host::{Disk, StopReason};
 
@@ -53,4 +55,65 @@ fn what_is_flushed_survives_a_reset() {
         fs::read(&locked).unwrap().iter().all(|b| *b == 0),
         "the read-only disk was written"
     );
+}
+
+#[test]
+fn what_is_discarded_is_given_back() {
+    if !linux_runs("what_is_discarded_is_given_back") {
+        return;
+    }
+    const MIB: u64 = 1 << 20;
+    let fleet = Fleet::new();
+    let data = fleet.disk_file("data", BYTES);
+    // Each MiB with its neighbours as they were.
+    let script = [
+        "echo limits=$(cat /sys/block/vdb/queue/discard_max_bytes) $(cat /sys/block/vdb/queue/write_zeroes_max_bytes)",
+        &format!("guest-work disk-write /dev/vdb {BYTES} || exit 1"),
+        &format!("blkdiscard -o {} -l {MIB} /dev/vdb || exit 2", MIB),
+        &format!("guest-work disk-zero /dev/vdb {} {MIB} || exit 3", 3 * MIB),
+        &format!("guest-work disk-punch /dev/vdb {} {MIB} || exit 4", 5 * MIB),
+        "for at in 0 1 3 5; do dd if=/dev/vdb bs=1M skip=$at count=1 2>/dev/null | tr -d '\\000' | wc -c; done",
+    ];
+    let mut spec = jeos("", &script);
+    spec.disks.push(Disk {
+        id: "data".into(),
+        path: data.clone(),
+        read_only: false,
+    });
+    let end = fleet.start(spec).end();
+    assert_eq!(
+        (end.reason, end.exit_code),
+        (StopReason::PowerOff, Some(0)),
+        "{}",
+        end.console
+    );
+    assert_eq!(
+        value(&end.console, "limits"),
+        "1073741824 1073741824",
+        "{}",
+        end.console
+    );
+    let left: Vec<u64> = end
+        .console
+        .lines()
+        .filter_map(|line| line.trim().parse().ok())
+        .collect();
+    assert!(
+        left[0] > MIB / 2 && left[1..] == [0, 0, 0],
+        "{left:?} of {}",
+        end.console
+    );
+
+    let (mut wanted, found) = (Vec::new(), fs::read(&data).unwrap());
+    pattern::send(&mut wanted, DISK, BYTES).unwrap();
+    for at in [1, 3, 5] {
+        wanted[(at * MIB) as usize..][..MIB as usize].fill(0);
+    }
+    assert!(
+        found == wanted,
+        "the ranges beside those that were zeroed are not as they were"
+    );
+    // Zeroing may leave the blocks; the others are holes now.
+    let allocated = fs::metadata(&data).unwrap().blocks() * 512;
+    assert!(allocated <= BYTES - 2 * MIB, "{allocated} bytes are allocated");
 }

@@ -7,6 +7,8 @@
 //! guest-work tcp-connect ADDRESS BYTES
 //! guest-work disk-write DEVICE BYTES      writes and flushes
 //! guest-work disk-verify DEVICE BYTES
+//! guest-work disk-zero DEVICE OFFSET BYTES   has a range zeroed (it stays allocated)
+//! guest-work disk-punch DEVICE OFFSET BYTES  the same, and it may be unmapped
 //! ```
 //!
 //! It says what it did in one line, and exits with 1 when that failed.
@@ -24,6 +26,7 @@ use std::process::ExitCode;
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, VsockAddr, bind, connect, socket};
 use pattern::{ANSWER, DISK, OFFER};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::net::{Shutdown, accept, listen, shutdown};
 
 const CID_ANY: u32 = u32::MAX;
@@ -68,8 +71,22 @@ fn work(words: &[&str]) -> io::Result<()> {
             let bytes = number(bytes)?;
             pattern::expect(&mut File::open(device)?.take(bytes), DISK, bytes)
         }
+        ["disk-zero", device, offset, bytes] => zero(device, offset, bytes, FallocateFlags::ZERO_RANGE),
+        ["disk-punch", device, offset, bytes] => zero(device, offset, bytes, FallocateFlags::PUNCH_HOLE),
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "no such work")),
     }
+}
+
+/// On a block device this makes a request to write zeroes, not one to write.
+fn zero(device: &str, offset: &str, bytes: &str, how: FallocateFlags) -> io::Result<()> {
+    let disk = File::options().read(true).write(true).open(device)?;
+    fallocate(
+        &disk,
+        how | FallocateFlags::KEEP_SIZE,
+        number(offset)?,
+        number(bytes)?,
+    )?;
+    disk.sync_all()
 }
 
 fn vsock() -> io::Result<OwnedFd> {

@@ -96,7 +96,16 @@ fn no_policy_allows_executable_memory_or_new_processes() {
         }
         if matches!(
             rule.name.as_str(),
-            "ioctl" | "fcntl" | "mmap" | "mprotect" | "clone" | "socket" | "prctl"
+            "ioctl"
+                | "fcntl"
+                | "mmap"
+                | "mprotect"
+                | "clone"
+                | "socket"
+                | "prctl"
+                | "futex"
+                | "fallocate"
+                | "tgkill"
         ) {
             assert!(
                 !rule.conditions.is_empty(),
