@@ -24,7 +24,7 @@ pub fn block() -> Box<dyn VirtioDevice> {
     let spec = BlockSpec {
         id: "fuzz".into(),
         fd: FdSlot(0),
-        read_only: false,
+        ..BlockSpec::default()
     };
     build(AnyDeviceSpec::Block(spec), vec![file.into()])
 }

@@ -17,6 +17,10 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
             id: disk.id.unwrap_or_else(|| format!("disk{i}")),
             path: disk.path.into(),
             read_only: disk.read_only,
+            engine: match disk.engine {
+                api::DiskEngine::Sync => shoal_host::DiskEngine::Sync,
+                api::DiskEngine::IoUring => shoal_host::DiskEngine::IoUring,
+            },
         });
     let networks = guest.networks.into_iter().enumerate().map(|(i, network)| {
         let mac = network
@@ -87,6 +91,10 @@ pub fn guest(view: &GuestView, memory: Option<MemoryFigures>) -> api::Guest {
                 id: Some(d.id.clone()),
                 path: text(&d.path),
                 read_only: d.read_only,
+                engine: match d.engine {
+                    shoal_host::DiskEngine::Sync => api::DiskEngine::Sync,
+                    shoal_host::DiskEngine::IoUring => api::DiskEngine::IoUring,
+                },
             })
             .collect(),
         networks: spec

@@ -114,6 +114,11 @@ fn descriptions_that_cannot_be_used_name_their_field() {
             "1 to 20",
         ),
         (
+            json!({"disks": [{"path": "/d", "engine": "threads"}]}),
+            Some("disks[0].engine"),
+            "`sync` or `io_uring`",
+        ),
+        (
             json!({"disks": [{"path": "/d"}, {"path": 7}]}),
             Some("disks[1].path"),
             "integer `7`",

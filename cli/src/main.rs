@@ -4,6 +4,7 @@
 
 mod client;
 mod commands;
+mod devices;
 mod doctor;
 mod error;
 mod options;

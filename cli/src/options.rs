@@ -148,8 +148,8 @@ pub struct Run {
     /// Memory: 128M, 2G; without a unit in MiB.
     #[arg(long, default_value = "128M", value_name = "SIZE", value_parser = mebibytes)]
     pub memory: u64,
-    /// A disk; `:ro` makes it read-only. May be given again.
-    #[arg(long = "disk", value_name = "PATH[:ro]")]
+    /// A disk; `:ro` makes it read-only, `:io_uring` has its requests done many at once. May be given again.
+    #[arg(long = "disk", value_name = "PATH[:ro][:io_uring]")]
     pub disks: Vec<String>,
     /// A network interface on an existing TAP. May be given again.
     #[arg(long = "tap", value_name = "NAME")]

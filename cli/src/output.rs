@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use shoal_api_types::{Guest, GuestState, TimelineStep};
+use shoal_api_types::{DiskEngine, Guest, GuestState, TimelineStep};
 
 /// The table of `shoal ps`.
 pub fn table(guests: &[Guest]) -> String {
@@ -121,10 +121,12 @@ pub fn details(g: &Guest) -> String {
     }
     for disk in &g.disks {
         let mode = if disk.read_only { " (read-only)" } else { "" };
-        row(
-            "disk",
-            format!("{} {}{mode}", disk.id.as_deref().unwrap_or(""), disk.path),
-        );
+        let engine = match disk.engine {
+            DiskEngine::Sync => "",
+            DiskEngine::IoUring => " (io_uring)",
+        };
+        let id = disk.id.as_deref().unwrap_or("");
+        row("disk", format!("{id} {}{mode}{engine}", disk.path));
     }
     for network in &g.networks {
         row(

@@ -14,6 +14,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::client::{Client, guest_path};
 use crate::commands::print;
+use crate::devices;
 use crate::options::Run;
 use crate::output;
 
@@ -69,19 +70,17 @@ fn describe(options: &Run) -> Result<CreateGuest> {
                 id: Some("root".into()),
                 path: absolute(&root)?,
                 read_only: true,
+                ..Disk::default()
             });
             vsock = true;
             (kernel, IMAGE_CMDLINE)
         }
     };
-    for disk in &options.disks {
-        let (path, read_only) = disk
-            .strip_suffix(":ro")
-            .map_or((disk.as_str(), false), |path| (path, true));
+    for text in &options.disks {
+        let (path, disk) = devices::disk(text);
         disks.push(Disk {
-            id: None,
             path: absolute(Path::new(path))?,
-            read_only,
+            ..disk
         });
     }
     let mut cmdline = options.cmdline.clone().unwrap_or_else(|| own_cmdline.to_owned());

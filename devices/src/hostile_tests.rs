@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use crate::spec::{AnyDeviceSpec, BuildEnv, FdSlot, Section};
 use crate::testing::{Bench, MmioBench, hostile, sockets};
 use crate::virtio::VirtioDevice;
-use crate::virtio::block::BlockSpec;
+use crate::virtio::block::{BlockSpec, EngineKind};
 use crate::virtio::mmio::MmioTransport;
 use crate::virtio::net::NetSpec;
 use crate::virtio::rng::RngSpec;
@@ -25,12 +25,30 @@ fn rng(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
 }
 
 fn block(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
+    disk(EngineKind::Sync, saved)
+}
+
+/// Where there is no io_uring, what its tests are about is said to be skipped by the block device's own tests.
+fn block_uring(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
+    let there = crate::uring::Ring::new(tempfile::tempfile().unwrap(), 1).is_ok();
+    disk(
+        if there {
+            EngineKind::IoUring
+        } else {
+            EngineKind::Sync
+        },
+        saved,
+    )
+}
+
+fn disk(engine: EngineKind, saved: Option<&Section>) -> Box<dyn VirtioDevice> {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     let spec = BlockSpec {
         id: "hostile".into(),
         fd: FdSlot(0),
         read_only: false,
+        engine,
     };
     build(AnyDeviceSpec::Block(spec), vec![file.into()], saved)
 }
@@ -115,4 +133,4 @@ macro_rules! devices {
     )+};
 }
 
-devices!(rng, block, net, vsock);
+devices!(rng, block, block_uring, net, vsock);

@@ -13,6 +13,7 @@ pub mod spec;
 pub mod sys;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
+pub mod uring;
 pub mod virtio;
 
 use std::sync::Arc;

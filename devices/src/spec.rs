@@ -132,7 +132,7 @@ impl Section {
 }
 
 /// Position of a descriptor in the list that was handed over with the configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdSlot(pub u16);
 
 /// What a device is built from besides its spec: the descriptors that the host opened.

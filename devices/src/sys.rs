@@ -16,14 +16,15 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// A reusable list of `iovec`s over guest memory. It is only filled while one system call runs.
+/// A reusable list of `iovec`s over guest memory. It is filled while one system call runs, or, after [`IoVecs::fill`],
+/// until it is filled again.
 #[derive(Default)]
 pub struct IoVecs {
     vecs: Vec<libc::iovec>,
 }
 
-// SAFETY: the pointers are only there within one call, which borrows the memory they point to; between calls the list
-// is empty.
+// SAFETY: nothing here follows the pointers. They are given to the kernel, either within one call, which borrows the
+// memory that they point to, or by a caller of `fill`, who argues for it.
 unsafe impl Send for IoVecs {}
 
 /// Guest memory ended before a buffer did.
@@ -59,6 +60,18 @@ impl IoVecs {
         let result = result.and_then(|()| f(&self.vecs));
         self.vecs.clear();
         result
+    }
+
+    /// Resolves the bytes `[skip, skip + len)` of `segments`, for a system call that outlives this one.
+    pub fn fill(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        segments: &[Segment],
+        (skip, len): (u64, u64),
+    ) -> Result<&[libc::iovec], OutsideMemory> {
+        self.vecs.clear();
+        self.resolve(memory, segments, skip, len)?;
+        Ok(&self.vecs)
     }
 
     fn resolve(
@@ -255,6 +268,16 @@ pub fn open_flags(fd: impl AsFd) -> io::Result<i32> {
 /// Sets O_NONBLOCK.
 pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     let flags = open_flags(&fd)? | libc::O_NONBLOCK;
+    set_flags(fd, flags)
+}
+
+/// Clears O_NONBLOCK.
+pub fn set_blocking(fd: impl AsFd) -> io::Result<()> {
+    let flags = open_flags(&fd)? & !libc::O_NONBLOCK;
+    set_flags(fd, flags)
+}
+
+fn set_flags(fd: impl AsFd, flags: i32) -> io::Result<()> {
     // SAFETY: F_SETFL takes an integer.
     let r = unsafe { libc::fcntl(fd.as_fd().as_raw_fd(), libc::F_SETFL, flags) };
     if r >= 0 {

@@ -255,6 +255,7 @@ impl Actor {
     }
 
     async fn await_start(&mut self, link: &Link, process: &mut Process) -> Result<(), HostError> {
+        let spec = &self.record.spec;
         let stamps = &mut self.record.stamps;
         let answer = async {
             loop {
@@ -265,7 +266,9 @@ impl Actor {
                         return Ok(());
                     }
                     Message::Reply(Ok(_)) => {}
-                    Message::Reply(Err(failure)) => return Err(HostError::Refused(failure)),
+                    Message::Reply(Err(failure)) => {
+                        return Err(HostError::Refused(resources::of_the_guest(failure, spec)));
+                    }
                     Message::Event(Event::Stamped(s)) => stamps.vmm(s.step, s.at_ns),
                     Message::Event(Event::Exited { .. }) => {}
                 }

@@ -145,6 +145,7 @@ mod tests {
             id: "d".into(),
             path: path.into(),
             read_only,
+            ..Disk::default()
         }
     }
 

@@ -70,7 +70,7 @@ pub use memory::MemoryFigures;
 pub use shoal_jailer::Degradation;
 pub use shoal_jailer::seccomp::Mode as SeccompMode;
 pub use shoal_vmm::protocol::VERSION as VMM_PROTOCOL;
-pub use spec::{Disk, GuestSpec, Limits, Mac, Network, Vsock};
+pub use spec::{Disk, DiskEngine, GuestSpec, Limits, Mac, Network, Vsock};
 pub use state::{State, StopReason};
 pub use timeline::now_ns;
 pub use view::{GuestView, VsockView};

@@ -12,7 +12,9 @@ use shoal_devices::virtio::net::open::{OpenTapError, open_tap};
 use shoal_devices::virtio::rng::RngSpec;
 use shoal_devices::virtio::vsock::VsockSpec;
 use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
-use shoal_vmm::protocol::{ConsoleConfig, InitrdConfig, KernelConfig, MemoryConfig, Pages, VmConfig};
+use shoal_vmm::protocol::{
+    ConsoleConfig, Failure, InitrdConfig, KernelConfig, MemoryConfig, Pages, VmConfig,
+};
 use tokio::sync::mpsc;
 
 use crate::actor::Shared;
@@ -166,6 +168,33 @@ fn api_field(field: &str) -> &str {
     }
 }
 
+/// What the VMM says of `devices[N]`, said of the guest's description.
+pub(crate) fn of_the_guest(failure: Failure, spec: &GuestSpec) -> Failure {
+    let index = failure.field.as_deref().and_then(|field| {
+        let digits = field.strip_prefix("devices[")?.strip_suffix(']')?;
+        digits.parse::<usize>().ok()
+    });
+    let Some(index) = index else { return failure };
+    let (disks, networks) = (spec.disks.len(), spec.networks.len());
+    let field = if index < disks {
+        format!("disks[{index}]")
+    } else if index < disks + networks {
+        format!("networks[{}]", index - disks)
+    } else if index == disks + networks && spec.vsock.is_some() {
+        "vsock".into()
+    } else {
+        // The entropy device, which nobody describes.
+        return Failure {
+            field: None,
+            ..failure
+        };
+    };
+    Failure {
+        field: Some(field),
+        ..failure
+    }
+}
+
 fn file(path: std::path::PathBuf, options: &mut OpenOptions) -> Result<File, HostError> {
     options
         .create(true)
@@ -190,6 +219,7 @@ fn open_disks(
             id: disk.id.clone(),
             fd,
             read_only: disk.read_only,
+            engine: disk.engine,
         }));
     }
     Ok(uses)
@@ -256,4 +286,47 @@ pub(crate) fn reopen_vsock(spec: &GuestSpec, dir: &GuestDir) -> VsockParts {
             |error| tracing::error!(dir = ?dir.path(), %error, "a guest's socket device cannot be served"),
         )
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Disk, DiskEngine, Network, Vsock};
+
+    #[test]
+    fn a_device_is_named_as_its_owner_knows_it() {
+        let mut spec = GuestSpec::new("/k", 1, 64);
+        let disk = |id: &str| Disk {
+            id: id.into(),
+            path: "/d".into(),
+            read_only: true,
+            engine: DiskEngine::IoUring,
+        };
+        spec.disks = vec![disk("a"), disk("b")];
+        spec.networks = vec![Network {
+            tap: "t".into(),
+            mac: None,
+        }];
+        spec.vsock = Some(Vsock::default());
+        for (said, meant) in [
+            ("devices[0]", Some("disks[0]")),
+            ("devices[1]", Some("disks[1]")),
+            ("devices[2]", Some("networks[0]")),
+            ("devices[3]", Some("vsock")),
+            ("devices[4]", None),
+            ("devices[x]", Some("devices[x]")),
+            ("memory.bytes", Some("memory.bytes")),
+        ] {
+            let failure = Failure {
+                field: Some(said.into()),
+                message: "m".into(),
+            };
+            let got = of_the_guest(failure, &spec);
+            assert_eq!(
+                (got.field.as_deref(), got.message.as_str()),
+                (meant, "m"),
+                "{said}"
+            );
+        }
+    }
 }

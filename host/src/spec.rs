@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+pub use shoal_devices::virtio::block::EngineKind as DiskEngine;
 use shoal_vmm::config::{MAX_DEVICES, MAX_VCPUS, cmdline_room};
 
 use crate::error::HostError;
@@ -61,7 +62,7 @@ pub struct GuestSpec {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     /// What the guest reads as the disk's serial number.
     pub id: String,
@@ -69,10 +70,13 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest can only read it. Such a disk may be used by many guests at once.
     pub read_only: bool,
+    /// How the guest's requests are done.
+    #[serde(default)]
+    pub engine: DiskEngine,
 }
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
     /// The TAP interface; it must exist.
     pub tap: String,
@@ -326,6 +330,7 @@ mod tests {
             id: id.into(),
             path: path.into(),
             read_only: true,
+            ..Disk::default()
         };
         let net = |tap: &str, mac| Network { tap: tap.into(), mac };
         let cases: Vec<(GuestSpec, &str)> = vec![

@@ -21,11 +21,18 @@ use seccompiler::{
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut code = String::new();
-    for (file, name) in [("event-loop", "EVENT_LOOP"), ("vcpu", "VCPU")] {
-        let path = Path::new("../policies").join(format!("{file}.policy"));
-        println!("cargo::rerun-if-changed={}", path.display());
-        let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-        let rules = policy::parse(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+    for (files, name) in [
+        (&["event-loop"][..], "EVENT_LOOP"),
+        (&["vcpu"], "VCPU"),
+        (&["event-loop", "event-loop-uring"], "EVENT_LOOP_URING"),
+    ] {
+        let mut text = String::new();
+        for file in files {
+            let path = Path::new("../policies").join(format!("{file}.policy"));
+            println!("cargo::rerun-if-changed={}", path.display());
+            text += &std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
+        }
+        let rules = policy::parse(&text).map_err(|e| format!("{}: {e}", files.join(" and ")))?;
         for (mode, action) in [("KILL", SeccompAction::KillProcess), ("LOG", SeccompAction::Log)] {
             let program = compile(&rules, action)?;
             emit(&mut code, &format!("{name}_{mode}"), &program)?;

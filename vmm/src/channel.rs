@@ -253,7 +253,7 @@ mod tests {
         for (bytes, what) in [
             (vec![1_u8], "short"),
             (vec![9, 9, 0], "version"),
-            (vec![1, 0, 77], "body"),
+            (vec![VERSION as u8, 0, 77], "body"),
         ] {
             // SAFETY: the buffer is valid for its length.
             let n = unsafe { libc::send(host.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), 0) };

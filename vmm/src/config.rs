@@ -1,7 +1,10 @@
 //! Checks a [`VmConfig`] once. What comes out can be built without any further question about its numbers.
 
 use shoal_devices::legacy::console_ring::CAPACITY;
+use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::DeviceKind;
+use shoal_devices::virtio::block::EngineKind;
+use shoal_seccomp::ThreadKind;
 
 use crate::arch::x86_64::layout::{
     CMDLINE_MAX, GAP_START, HIGH_MEMORY, PAGE, VIRTIO_GSIS, VIRTIO_MMIO, VIRTIO_MMIO_STRIDE,
@@ -62,6 +65,17 @@ pub struct ValidConfig {
 }
 
 impl VmConfig {
+    /// Which filter the event loop's thread needs.
+    pub fn event_loop_kind(&self) -> ThreadKind {
+        let rings =
+            |d: &AnyDeviceSpec| matches!(d, AnyDeviceSpec::Block(b) if b.engine == EngineKind::IoUring);
+        if self.devices.iter().any(rings) {
+            ThreadKind::EventLoopUring
+        } else {
+            ThreadKind::EventLoop
+        }
+    }
+
     /// Checks everything that numbers can tell.
     ///
     /// # Errors

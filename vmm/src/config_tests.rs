@@ -132,3 +132,20 @@ fn the_limits_themselves_are_allowed() {
     c.cmdline.push('x');
     assert_eq!(c.validate().unwrap_err().field, "cmdline");
 }
+
+#[test]
+fn only_a_disk_on_io_uring_widens_the_event_loop_s_filter() {
+    let disk = |engine| {
+        AnyDeviceSpec::Block(shoal_devices::virtio::block::BlockSpec {
+            id: "d".into(),
+            fd: FdSlot(2),
+            read_only: true,
+            engine,
+        })
+    };
+    let mut c = good();
+    c.devices = vec![rng(), disk(EngineKind::Sync)];
+    assert_eq!(c.event_loop_kind(), ThreadKind::EventLoop);
+    c.devices.push(disk(EngineKind::IoUring));
+    assert_eq!(c.event_loop_kind(), ThreadKind::EventLoopUring);
+}

@@ -144,7 +144,8 @@ impl Vmm {
             });
             machine.flush_console();
         }
-        drop(self.event_loop.stop_all());
+        // What the devices held goes with the process: to release some of it, as mappings, no filter allows.
+        std::mem::forget(self.event_loop.stop_all());
         if let Some(record) = &self.exit_record
             && let Err(e) = record.write_all_at(&reason.to_record(), 0)
         {
@@ -293,7 +294,7 @@ impl Vmm {
             handle.clone(),
         ));
         let machine = Machine::build(&valid, env, shared.clone(), &handle)
-            .and_then(|machine| machine.run(self.seccomp))
+            .and_then(|machine| machine.run(valid.config.event_loop_kind(), self.seccomp))
             .map_err(|e| Failure {
                 field: e.field(),
                 message: chain(&e),

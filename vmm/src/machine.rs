@@ -165,11 +165,12 @@ impl Machine {
         })
     }
 
-    /// Starts the vCPUs, once each of them and the calling thread, which is the event loop's, are under their filters.
+    /// Starts the vCPUs, once each of them and the calling thread, which is the event loop's (of `kind`), are under their
+    /// filters.
     ///
     /// # Errors
     /// When a thread cannot be made or confined; no vCPU has entered the guest then.
-    pub fn run(self, seccomp: Mode) -> Result<Running, BuildError> {
+    pub fn run(self, kind: ThreadKind, seccomp: Mode) -> Result<Running, BuildError> {
         let Self {
             bus,
             vcpus,
@@ -193,7 +194,7 @@ impl Machine {
                 .threads
                 .push(thread.map_err(io("starting a vCPU's thread"))?);
         }
-        let confined = harden::thread(ThreadKind::EventLoop, seccomp);
+        let confined = harden::thread(kind, seccomp);
         let opening = || running.shared.stamp(Step::FirstInstruction);
         running.gate.arrive(confined, opening);
         running.gate.leave();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use shoal_devices::spec::{AnyDeviceSpec, FdSlot};
 
 /// Version of this protocol. A peer with another version is refused before its body is read.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// The largest message (bytes), version included.
 pub const MAX_MESSAGE: usize = 128 << 10;
 /// The most descriptors that one message carries.

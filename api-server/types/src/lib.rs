@@ -72,7 +72,7 @@ pub struct Initrd {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// What the guest reads as the disk's serial number: 1 to 20 letters, digits, `-`, `_` or `.`; `disk0`, `disk1`, …
@@ -86,6 +86,21 @@ pub struct Disk {
     /// Whether the guest can only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// How the guest's requests are done.
+    #[serde(default)]
+    pub engine: DiskEngine,
+}
+
+/// How a disk's requests are done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskEngine {
+    /// One after the other, with blocking system calls.
+    #[default]
+    Sync,
+    /// As many at once as the guest asks for, through io_uring. The host needs Linux 5.15 with io_uring allowed to the
+    /// VMM (`sysctl kernel.io_uring_disabled`).
+    IoUring,
 }
 
 /// A network interface.

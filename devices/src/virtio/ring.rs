@@ -125,40 +125,42 @@ impl ActiveQueue {
         let _ = self.notify.write(1);
     }
 
-    /// Serves up to `budget` chains with `serve`, which returns the number of bytes written to the chain; then
-    /// signals the driver. What is left over is served at the next wake-up, which is made sure of.
+    /// Has `server` serve up to `budget` chains, then signals the driver. What is left over is served at the next wake-up,
+    /// which is made sure of, unless the server is not ready: then it has to see to it itself, and the driver is not asked
+    /// to notify in between.
     pub fn drain(
         &mut self,
         memory: &GuestMemoryMmap,
         interrupt: &dyn Interrupt,
         budget: &mut Budget,
-        mut serve: impl FnMut(Chain<'_>, &mut Budget) -> u32,
+        server: &mut impl Serve,
     ) -> Result<(), HandlerError> {
-        self.clear_notification();
         self.suppress_notifications(memory)?;
         let mut served = false;
-        let more = loop {
+        loop {
             if budget.is_spent() {
-                break true;
+                self.rearm();
+                break;
+            }
+            if !server.is_ready() {
+                break;
             }
             match self.pop(memory)? {
                 Some(chain) => {
                     let head = chain.head_index();
                     budget.chains = budget.chains.saturating_sub(1);
-                    let written = serve(chain, budget);
-                    self.push_used(memory, head, written)?;
-                    served = true;
+                    if let Some(written) = server.serve(memory, chain, budget) {
+                        self.push_used(memory, head, written)?;
+                        served = true;
+                    }
                 }
                 None if self.allow_notifications(memory)? => {
                     // A guest that moves its index back and forth must not keep us here.
                     budget.chains = budget.chains.saturating_sub(1);
                     self.suppress_notifications(memory)?;
                 }
-                None => break false,
+                None => break,
             }
-        };
-        if more {
-            self.rearm();
         }
         if served {
             self.signal(memory, interrupt)
@@ -175,6 +177,17 @@ impl ActiveQueue {
     fn broken(&self, e: virtio_queue::Error) -> HandlerError {
         HandlerError::new(format!("queue {} is broken: {e}", self.index))
     }
+}
+
+/// Serves the chains of a queue, see [`ActiveQueue::drain`].
+pub trait Serve {
+    /// Whether another chain may be taken now.
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+
+    /// Serves a chain; returns the number of bytes written to it, or nothing when it will be given back later.
+    fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32>;
 }
 
 /// How much one wake-up may do, so that a busy queue does not keep the event loop from others.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestMemoryMmap};
 
 use super::core::RING_FEATURES;
-use super::ring::{Budget, Chain, MAX_SEGMENTS};
+use super::ring::{Budget, Chain, MAX_SEGMENTS, Serve};
 use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, HandlerError, QueueHandler, Stopped, VirtioDevice,
 };
@@ -103,12 +103,12 @@ impl QueueHandler for RngHandler {
         if token != QUEUE {
             return Ok(());
         }
-        let memory = &*self.activation.memory;
+        let Activation {
+            memory, interrupt, ..
+        } = &self.activation;
         let mut budget = Budget::new(CHAINS_PER_WAKE, u64::MAX);
-        self.queue
-            .drain(memory, &*self.activation.interrupt, &mut budget, |chain, _| {
-                fill(memory, chain)
-            })
+        self.queue.clear_notification();
+        self.queue.drain(memory, &**interrupt, &mut budget, &mut Filler)
     }
 
     fn stop(self: Box<Self>) -> Stopped {
@@ -116,6 +116,15 @@ impl QueueHandler for RngHandler {
             queues: vec![self.queue],
             backend: Box::new(()),
         }
+    }
+}
+
+/// Serves requests.
+struct Filler;
+
+impl Serve for Filler {
+    fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, _: &mut Budget) -> Option<u32> {
+        Some(fill(memory, chain))
     }
 }
 

@@ -11,6 +11,7 @@ pub(super) fn all() -> Vec<Check> {
     vec![
         kvm(Path::new("/dev/kvm")),
         tun(Path::new("/dev/net/tun")),
+        io_uring(Path::new("/proc/sys/kernel/io_uring_disabled")),
         cgroup(Path::new("/sys/fs/cgroup")),
         user(),
     ]
@@ -75,6 +76,34 @@ fn tun(path: &Path) -> Check {
     }
 }
 
+/// Disks whose engine is io_uring need it in the VMM, which is an ordinary user.
+fn io_uring(disabled: &Path) -> Check {
+    // Missing before Linux 6.6: never disabled.
+    let disabled = fs::read_to_string(disabled).unwrap_or_default();
+    let advice =
+        "for disks with the engine io_uring: sysctl kernel.io_uring_disabled=0; the engine sync does without";
+    let refused = match disabled.trim() {
+        "1" => Some("is for the group in kernel.io_uring_group only, which no VMM is in".to_owned()),
+        "2" => Some("is switched off (kernel.io_uring_disabled is 2)".to_owned()),
+        _ => try_ring().err().map(|e| format!("cannot be used: {e}")),
+    };
+    match refused {
+        None => check("io_uring", Status::Ok, "disks can have the engine io_uring", None),
+        Some(why) => check(
+            "io_uring",
+            Status::Warning,
+            format!("io_uring {why}"),
+            Some(advice),
+        ),
+    }
+}
+
+fn try_ring() -> Result<(), Box<dyn std::error::Error>> {
+    let file = fs::File::open("/dev/null")?;
+    shoal_devices::uring::Ring::new(&file, 1)?;
+    Ok(())
+}
+
 fn cgroup(root: &Path) -> Check {
     let Ok(controllers) = fs::read_to_string(root.join("cgroup.controllers")) else {
         let advice =
@@ -136,6 +165,17 @@ mod tests {
             "a directory does not open for writing"
         );
         assert_eq!(tun(&dir.path().join("tun")).status, Status::Warning);
+        let disabled = dir.path().join("io_uring_disabled");
+        for (value, want) in [("1\n", "group"), ("2\n", "switched off")] {
+            fs::write(&disabled, value).unwrap();
+            let found = io_uring(&disabled);
+            assert!(
+                found.status == Status::Warning && found.detail.contains(want),
+                "{found:?}"
+            );
+        }
+        fs::write(&disabled, "0\n").unwrap();
+        assert_eq!(io_uring(&disabled).status == Status::Ok, try_ring().is_ok());
         assert_eq!(cgroup(dir.path()).status, Status::Warning);
         fs::write(dir.path().join("cgroup.controllers"), "cpu io memory").unwrap();
         assert!(cgroup(dir.path()).detail.contains("pids"));

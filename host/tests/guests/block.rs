@@ -37,6 +37,7 @@ fn what_is_flushed_survives_a_reset() {
             id: id.into(),
             path: path.clone(),
             read_only,
+            ..Disk::default()
         });
     }
     let guest = fleet.start(spec);
@@ -78,7 +79,7 @@ fn what_is_discarded_is_given_back() {
     spec.disks.push(Disk {
         id: "data".into(),
         path: data.clone(),
-        read_only: false,
+        ..Disk::default()
     });
     let end = fleet.start(spec).end();
     assert_eq!(

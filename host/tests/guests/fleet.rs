@@ -254,6 +254,7 @@ pub fn jeos(words: &str, script: &[&str]) -> GuestSpec {
         id: "root".into(),
         path: image("test/rootfs.erofs"),
         read_only: true,
+        ..Disk::default()
     };
     GuestSpec {
         cmdline: format!(

@@ -66,6 +66,7 @@ fn rubbish_ends_nothing_and_spins_nothing() {
         id: id.into(),
         path: fleet.disk_file(id, 1 << 20),
         read_only,
+        ..Disk::default()
     };
     let networks = tap.iter().map(|tap| Network {
         tap: tap.name().into(),

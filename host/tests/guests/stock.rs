@@ -41,7 +41,7 @@ fn works(test: &str, vsock: Option<Vsock>) {
         disks: vec![Disk {
             id: "data".into(),
             path: disk.clone(),
-            read_only: false,
+            ..Disk::default()
         }],
         vsock,
         ..GuestSpec::new(image("stock/vmlinuz"), 2, 256)

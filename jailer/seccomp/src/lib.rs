@@ -33,25 +33,41 @@ pub enum ThreadKind {
     EventLoop,
     /// A vCPU.
     Vcpu,
+    /// The event loop of a VMM with a disk on io_uring: its policy is the event loop's and one of its own.
+    EventLoopUring,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [ThreadKind; 2] = [ThreadKind::EventLoop, ThreadKind::Vcpu];
+    pub const ALL: [ThreadKind; 3] = [
+        ThreadKind::EventLoop,
+        ThreadKind::Vcpu,
+        ThreadKind::EventLoopUring,
+    ];
 
     /// The name of its policy file, without `.policy`.
     pub fn name(self) -> &'static str {
         match self {
             ThreadKind::EventLoop => "event-loop",
             ThreadKind::Vcpu => "vcpu",
+            ThreadKind::EventLoopUring => "event-loop-uring",
         }
     }
 
-    /// Its policy file, as it was compiled.
+    /// The kind whose policy this kind's begins with.
+    pub fn base(self) -> Option<ThreadKind> {
+        match self {
+            ThreadKind::EventLoopUring => Some(ThreadKind::EventLoop),
+            ThreadKind::EventLoop | ThreadKind::Vcpu => None,
+        }
+    }
+
+    /// Its policy, as it was compiled.
     pub fn policy(self) -> &'static str {
         match self {
             ThreadKind::EventLoop => programs::EVENT_LOOP_POLICY,
             ThreadKind::Vcpu => programs::VCPU_POLICY,
+            ThreadKind::EventLoopUring => programs::EVENT_LOOP_URING_POLICY,
         }
     }
 
@@ -109,6 +125,8 @@ pub fn program(kind: ThreadKind, mode: Mode) -> &'static [sock_filter] {
         (ThreadKind::EventLoop, Mode::Log) => &programs::EVENT_LOOP_LOG,
         (ThreadKind::Vcpu, Mode::Kill) => &programs::VCPU_KILL,
         (ThreadKind::Vcpu, Mode::Log) => &programs::VCPU_LOG,
+        (ThreadKind::EventLoopUring, Mode::Kill) => &programs::EVENT_LOOP_URING_KILL,
+        (ThreadKind::EventLoopUring, Mode::Log) => &programs::EVENT_LOOP_URING_LOG,
         (_, Mode::Trace | Mode::Off) => &[],
     }
 }

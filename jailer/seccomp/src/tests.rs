@@ -91,6 +91,7 @@ fn no_policy_allows_executable_memory_or_new_processes() {
             "open",
             "socket",
             "io_uring_setup",
+            "io_uring_register",
         ] {
             assert_ne!(rule.name, refused);
         }
@@ -131,6 +132,11 @@ fn policies_stay_short() {
         "{}",
         distinct(ThreadKind::EventLoop)
     );
+    assert!(
+        distinct(ThreadKind::EventLoopUring) < 30,
+        "{}",
+        distinct(ThreadKind::EventLoopUring)
+    );
     assert!(distinct(ThreadKind::Vcpu) < 15, "{}", distinct(ThreadKind::Vcpu));
 }
 
@@ -166,4 +172,14 @@ fn trace_data_names_the_kind() {
     assert_eq!(traced_kind(0), None);
     assert_eq!(traced_kind(0x5aff), None);
     assert_eq!(traced_kind(0x1_5a00), None);
+}
+
+#[test]
+fn only_a_vmm_with_a_ring_may_enter_it() {
+    for kind in ThreadKind::ALL {
+        let enters = rules(kind).iter().any(|rule| rule.name == "io_uring_enter");
+        assert_eq!(enters, kind == ThreadKind::EventLoopUring, "{kind:?}");
+    }
+    let base = rules(ThreadKind::EventLoop);
+    assert_eq!(rules(ThreadKind::EventLoopUring)[..base.len()], base);
 }

@@ -45,9 +45,14 @@ pub fn report(arguments: &ReportArguments) -> Result<ExitCode> {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
         read(&text, &mut traced).with_context(|| format!("reading {}", path.display()))?;
     }
+    share(&mut traced)?;
     let mut well = true;
     for kind in ThreadKind::ALL {
-        let rules = parse(kind.policy())?;
+        let mut rules = parse(kind.policy())?;
+        if let Some(base) = kind.base() {
+            println!("{}: also all that {} may", kind.name(), base.name());
+            rules.drain(..parse(base.policy())?.len());
+        }
         let counts = traced.remove(kind.name()).unwrap_or_default();
         let (text, good) = compare(kind, &rules, counts);
         print!("{text}");
@@ -72,6 +77,22 @@ fn read(text: &str, traced: &mut BTreeMap<String, Counts>) -> Result<()> {
             .or_default()
             .entry(what.to_owned())
             .or_default() += count;
+    }
+    Ok(())
+}
+
+/// Uses of what a kind has from another kind's policy are uses of that one.
+fn share(traced: &mut BTreeMap<String, Counts>) -> Result<()> {
+    for (kind, base) in ThreadKind::ALL.into_iter().filter_map(|k| Some((k, k.base()?))) {
+        let Some(mut own) = traced.remove(kind.name()) else {
+            continue;
+        };
+        let counts = traced.entry(base.name().to_owned()).or_default();
+        for rule in parse(base.policy())? {
+            let key = Key::of(&rule).to_string();
+            *counts.entry(key.clone()).or_default() += own.remove(&key).unwrap_or(0);
+        }
+        traced.insert(kind.name().to_owned(), own);
     }
     Ok(())
 }
@@ -141,5 +162,19 @@ mod tests {
         assert!(!good && text.contains("NOT ALLOWED openat"), "{text}");
         assert!(!compared("vcpu\t1 read\t3\nvcpu\t2 write\t1\nvcpu\t3 write\t1\n").1);
         assert!(read("vcpu 1", &mut BTreeMap::new()).is_err());
+    }
+
+    #[test]
+    fn what_a_kind_has_from_another_counts_there() {
+        let mut traced = BTreeMap::new();
+        let first = Key::of(&parse(ThreadKind::EventLoop.policy()).unwrap()[0]);
+        let all = parse(ThreadKind::EventLoopUring.policy()).unwrap();
+        let own = Key::of(all.last().unwrap());
+        let trace =
+            format!("event-loop\t{first}\t3\nevent-loop-uring\t{first}\t4\nevent-loop-uring\t{own}\t5\n");
+        read(&trace, &mut traced).unwrap();
+        share(&mut traced).unwrap();
+        assert_eq!(traced["event-loop"][&first.to_string()], 7);
+        assert_eq!(traced["event-loop-uring"], Counts::from([(own.to_string(), 5)]));
     }
 }

@@ -1,7 +1,7 @@
 //! The configuration space of a block device (`struct virtio_blk_config`, virtio 1.2 §5.2.4).
 
 use super::super::config_bytes;
-use super::engine::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS};
+use super::job::{MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS};
 use super::request::MAX_DATA_SEGMENTS;
 use super::{QUEUE_SIZE, SECTOR};
 

@@ -2,58 +2,153 @@
 
 use std::io;
 
-use super::super::ring::{Budget, Chain, MAX_SEGMENTS};
-use super::super::{Activation, ActiveQueue, HandlerError, QueueHandler, Stopped};
-use super::QUEUE_SIZE;
-use super::engine::Disk;
-use super::request::{Operation, Request, Status};
-use crate::event::{Readiness, Registrar, Token};
-use crate::sys::IoVecs;
+use vm_memory::GuestMemoryMmap;
 
-const QUEUE: Token = Token(0);
+use super::super::ring::{Budget, Chain, Serve};
+use super::super::{Activation, ActiveQueue, HandlerError, QueueHandler, Stopped};
+use super::engine::Engine;
+use super::job::Disk;
+use super::request::{Operation, Request, Status};
+use super::{Backend, QUEUE_SIZE};
+use crate::event::{Readiness, Registrar, Token};
+
+/// The ring of io_uring; a smaller token is a queue's position.
+const RING: Token = Token(64);
 /// Data moved in one wake-up before other devices are served (bytes).
 const BYTES_PER_WAKE: u64 = 8 << 20;
 
-/// Serves the request queue.
+/// Serves the request queues.
 pub struct BlockHandler {
-    queue: ActiveQueue,
-    /// Without its queue.
+    queues: Vec<ActiveQueue>,
+    /// Without its queues.
     activation: Activation,
     worker: Worker,
 }
 
-/// What serves one request; apart from the queue, so that both can be borrowed.
+/// What serves one request; apart from the queues, so that both can be borrowed.
 struct Worker {
     disk: Disk,
     request: Request,
-    vecs: IoVecs,
+    engine: Engine,
+    /// Position of the queue that is being served.
+    queue: usize,
+    /// The engine had no room for a request.
+    stalled: bool,
 }
 
 impl BlockHandler {
-    /// A handler of `queue`, taken out of `activation`.
-    pub fn new(activation: Activation, queue: ActiveQueue, disk: Disk) -> Self {
-        // A buffer can lie in more than one memory region; a few such are no reason to allocate.
-        let vecs = IoVecs::with_capacity(MAX_SEGMENTS + 16);
+    /// A handler of the queues of `activation`.
+    pub fn new(mut activation: Activation, disk: Disk, mut engine: Engine) -> Self {
+        if let Engine::Uring(uring) = &mut engine {
+            uring.start(activation.memory.clone());
+        }
         Self {
-            queue,
+            queues: std::mem::take(&mut activation.queues),
             activation,
             worker: Worker {
                 disk,
                 request: Request::new(),
-                vecs,
+                engine,
+                queue: 0,
+                stalled: false,
             },
         }
+    }
+
+    /// Serves the queue at `at`, or all of them when their requests share a system call.
+    fn drain(&mut self, at: usize) -> Result<(), HandlerError> {
+        let count = self.queues.len();
+        let (first, some) = match &self.worker.engine {
+            Engine::Sync(_) => (at, 1),
+            // Each begins once, so that none is left out when there is too much for one turn.
+            Engine::Uring(_) => ((self.worker.queue + 1) % count, count),
+        };
+        let Activation {
+            memory, interrupt, ..
+        } = &self.activation;
+        let mut budget = Budget::new(u32::from(QUEUE_SIZE), BYTES_PER_WAKE);
+        for n in 0..some {
+            self.worker.queue = (first + n) % count;
+            let queue = &mut self.queues[self.worker.queue];
+            queue.drain(memory, &**interrupt, &mut budget, &mut self.worker)?;
+            if budget.is_spent() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives back what the ring has done.
+    fn complete(&mut self) -> Result<(), HandlerError> {
+        let Engine::Uring(uring) = &mut self.worker.engine else {
+            return Ok(());
+        };
+        let Activation {
+            memory, interrupt, ..
+        } = &self.activation;
+        // A device has far fewer queues than bits.
+        let mut touched = 0_u64;
+        while let Some(done) = uring.completed() {
+            let Some(queue) = self.queues.get_mut(done.queue) else {
+                continue;
+            };
+            queue.push_used(memory, done.head, done.written)?;
+            touched |= 1 << done.queue;
+        }
+        for (at, queue) in self.queues.iter_mut().enumerate() {
+            if touched & 1 << at != 0 {
+                queue.signal(memory, &**interrupt)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the kernel, once, of all that was begun; what it has done at once is given back at once.
+    fn submit(&mut self) -> Result<(), HandlerError> {
+        let Engine::Uring(uring) = &mut self.worker.engine else {
+            return Ok(());
+        };
+        uring
+            .submit()
+            .map_err(|e| HandlerError::new(format!("io_uring refuses requests: {e}")))?;
+        self.complete()?;
+        let Engine::Uring(uring) = &mut self.worker.engine else {
+            return Ok(());
+        };
+        // Requests of several steps go on in the next turn, and so does what the kernel had no memory for. One that is
+        // stalled is told of room by its completions; there may have been the last of them just now.
+        if uring.has_pending() || self.worker.stalled && uring.has_room() {
+            self.queues[0].rearm();
+        }
+        Ok(())
     }
 }
 
 impl Worker {
-    fn serve(&mut self, memory: &vm_memory::GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> u32 {
-        let (status, data) = match self.request.parse(memory, chain) {
-            Ok(()) => self.disk.execute(memory, &self.request, &mut self.vecs),
+    fn has_room(&self) -> bool {
+        match &self.engine {
+            Engine::Sync(_) => true,
+            Engine::Uring(uring) => uring.has_room(),
+        }
+    }
+}
+
+impl Serve for Worker {
+    fn is_ready(&mut self) -> bool {
+        self.stalled = !self.has_room();
+        !self.stalled
+    }
+
+    fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32> {
+        let parsed = self.request.parse(memory, chain);
+        budget.charge(cost(&self.request));
+        let (status, data) = match parsed {
+            Ok(()) => self
+                .engine
+                .begin(&self.disk, memory, self.queue, &mut self.request)?,
             Err(_) => (Status::IoErr, 0),
         };
-        budget.charge(cost(&self.request));
-        self.request.complete(memory, status, data)
+        Some(self.request.complete(memory, status, data))
     }
 }
 
@@ -67,12 +162,23 @@ fn cost(request: &Request) -> u64 {
 
 impl QueueHandler for BlockHandler {
     fn register(&mut self, events: &mut Registrar<'_>) -> io::Result<()> {
-        events.add(&*self.queue.notify, QUEUE, Readiness::IN)
+        for (at, queue) in (0..).zip(&self.queues) {
+            events.add(&*queue.notify, Token(at), Readiness::IN)?;
+        }
+        match &self.worker.engine {
+            Engine::Sync(_) => Ok(()),
+            Engine::Uring(uring) => events.add(&**uring, RING, Readiness::IN),
+        }
     }
 
     fn unregister(&mut self, events: &mut Registrar<'_>) {
-        // Fails only when it was not registered.
-        let _ = events.remove(&*self.queue.notify);
+        // Each fails only when it was not registered.
+        for queue in &self.queues {
+            let _ = events.remove(&*queue.notify);
+        }
+        if let Engine::Uring(uring) = &self.worker.engine {
+            let _ = events.remove(&**uring);
+        }
     }
 
     fn handle(
@@ -81,24 +187,44 @@ impl QueueHandler for BlockHandler {
         _ready: Readiness,
         _events: &mut Registrar<'_>,
     ) -> Result<(), HandlerError> {
-        if token != QUEUE {
-            return Ok(());
-        }
-        let memory = &*self.activation.memory;
-        let mut budget = Budget::new(u32::from(QUEUE_SIZE), BYTES_PER_WAKE);
-        let worker = &mut self.worker;
-        self.queue.drain(
-            memory,
-            &*self.activation.interrupt,
-            &mut budget,
-            |chain, budget| worker.serve(memory, chain, budget),
-        )
+        let first = match token {
+            // What is done makes room for what waits.
+            RING => {
+                self.complete()?;
+                0
+            }
+            Token(at) => {
+                let Some(queue) = self.queues.get(at as usize) else {
+                    return Ok(());
+                };
+                queue.clear_notification();
+                at as usize
+            }
+        };
+        self.drain(first)?;
+        self.submit()
     }
 
-    fn stop(self: Box<Self>) -> Stopped {
+    /// Waits for what is in flight, which nothing is added to: at most as many requests as the ring holds.
+    fn stop(mut self: Box<Self>) -> Stopped {
+        loop {
+            // A queue that is broken takes nothing back; the requests have to end all the same.
+            let _ = self.complete();
+            let Engine::Uring(uring) = &mut self.worker.engine else {
+                break;
+            };
+            if !uring.wait() {
+                uring.stop();
+                break;
+            }
+        }
+        let Worker { disk, engine, .. } = self.worker;
         Stopped {
-            queues: vec![self.queue],
-            backend: Box::new(self.worker.disk.file),
+            queues: self.queues,
+            backend: Box::new(Backend {
+                file: disk.file,
+                engine,
+            }),
         }
     }
 }

@@ -3,7 +3,9 @@
 mod config;
 mod engine;
 mod handler;
+mod job;
 mod request;
+mod uring;
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -14,8 +16,12 @@ use serde::{Deserialize, Serialize};
 use super::core::RING_FEATURES;
 use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
-use crate::sys::open_flags;
+use crate::sys::{open_flags, set_blocking};
+use crate::uring::Ring;
+use engine::Engine;
+pub use engine::EngineKind;
 use handler::BlockHandler;
+use uring::Uring;
 
 /// The unit of sectors and capacity (bytes, virtio 1.2 §5.2.4), whatever the block size.
 pub const SECTOR: u64 = 512;
@@ -35,7 +41,7 @@ mod feature {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockSpec {
     /// What GET_ID returns: at most [`ID_LEN`] bytes of printable ASCII.
     pub id: String,
@@ -44,6 +50,8 @@ pub struct BlockSpec {
     pub fd: FdSlot,
     /// The guest may not write.
     pub read_only: bool,
+    /// How requests are done.
+    pub engine: EngineKind,
 }
 
 /// The device's saved state.
@@ -78,11 +86,12 @@ impl DeviceSpec for BlockSpec {
             )));
         }
         self.check_access(&file)?;
+        let engine = self.engine(&file)?;
         Ok(Box::new(Block {
             id,
             sectors,
             read_only: self.read_only,
-            file: Some(file),
+            backend: Some(Backend { file, engine }),
         }))
     }
 }
@@ -99,6 +108,23 @@ impl BlockSpec {
         let mut id = [0; ID_LEN];
         id[..bytes.len()].copy_from_slice(bytes);
         Ok(id)
+    }
+
+    fn engine(&self, file: &File) -> Result<Engine, BuildError> {
+        match self.engine {
+            EngineKind::Sync => Ok(Engine::sync()),
+            EngineKind::IoUring => {
+                // io_uring would fail what it cannot do at once.
+                set_blocking(file).map_err(|source| backend("preparing the disk for io_uring", source))?;
+                let ring = Ring::new(file, u32::from(QUEUE_SIZE)).map_err(|e| {
+                    invalid(format!(
+                        "disk {:?} cannot use the engine io_uring: {e}; remedy that, or set the disk's engine to sync",
+                        self.id
+                    ))
+                })?;
+                Ok(Engine::Uring(Box::new(Uring::new(ring))))
+            }
+        }
     }
 
     fn check_access(&self, file: &File) -> Result<(), BuildError> {
@@ -166,7 +192,13 @@ struct Block {
     sectors: u64,
     read_only: bool,
     /// With the handler while the device is active.
-    file: Option<File>,
+    backend: Option<Backend>,
+}
+
+/// The disk's file, and what does its requests.
+struct Backend {
+    file: File,
+    engine: Engine,
 }
 
 impl VirtioDevice for Block {
@@ -191,13 +223,12 @@ impl VirtioDevice for Block {
         config::read(self.sectors, offset, data);
     }
 
-    fn activate(&mut self, mut a: Activation) -> Result<Box<dyn QueueHandler>, ActivateError> {
-        let queue = a
-            .queues
-            .pop()
-            .ok_or(ActivateError::MissingQueue { needed: 1, got: 0 })?;
-        let file = self.file.take().ok_or(ActivateError::BackendGone)?;
-        let disk = engine::Disk {
+    fn activate(&mut self, a: Activation) -> Result<Box<dyn QueueHandler>, ActivateError> {
+        if a.queues.is_empty() {
+            return Err(ActivateError::MissingQueue { needed: 1, got: 0 });
+        }
+        let Backend { file, engine } = self.backend.take().ok_or(ActivateError::BackendGone)?;
+        let disk = job::Disk {
             file,
             sectors: self.sectors,
             read_only: self.read_only,
@@ -205,12 +236,12 @@ impl VirtioDevice for Block {
             write_through: a.features & feature::FLUSH == 0,
             id: self.id,
         };
-        Ok(Box::new(BlockHandler::new(a, queue, disk)))
+        Ok(Box::new(BlockHandler::new(a, disk, engine)))
     }
 
     fn deactivate(&mut self, stopped: Stopped) {
-        if let Ok(file) = stopped.backend.downcast::<File>() {
-            self.file = Some(*file);
+        if let Ok(backend) = stopped.backend.downcast::<Backend>() {
+            self.backend = Some(*backend);
         }
     }
 

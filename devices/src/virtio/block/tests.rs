@@ -1,5 +1,10 @@
+//! Both engines do the same for the guest: the tests of this file run on each of them.
+
+use std::cell::Cell;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+
+use virtio_queue::QueueT;
 
 use super::*;
 use crate::testing::{Bench, Buf, DATA, END, NEXT, SEAM, readable, writable};
@@ -20,7 +25,34 @@ fn spec(read_only: bool) -> BlockSpec {
         id: "disk-0".into(),
         fd: FdSlot(0),
         read_only,
+        engine: ENGINE.get(),
     }
+}
+
+thread_local! {
+    /// What the test that runs in this thread is about.
+    static ENGINE: Cell<EngineKind> = const { Cell::new(EngineKind::Sync) };
+}
+
+fn on(engine: EngineKind, name: &str, test: fn()) {
+    if engine == EngineKind::IoUring
+        && let Err(e) = Ring::new(tempfile::tempfile().unwrap(), 1)
+    {
+        return println!("SKIP: {name} on io_uring: {e}");
+    }
+    ENGINE.set(engine);
+    test();
+}
+
+macro_rules! on_both_engines {
+    ($($test:ident),+ $(,)?) => {
+        mod sync {
+            $(#[test] fn $test() { super::on(super::EngineKind::Sync, stringify!($test), super::$test); })+
+        }
+        mod io_uring {
+            $(#[test] fn $test() { super::on(super::EngineKind::IoUring, stringify!($test), super::$test); })+
+        }
+    };
 }
 
 fn build(spec: &BlockSpec, file: impl Into<OwnedFd>) -> Result<Box<dyn VirtioDevice>, BuildError> {
@@ -56,9 +88,9 @@ impl Disk {
     }
 
     fn finish(&mut self) -> (u8, u32) {
-        self.b.kick(0);
+        self.b.notify(0);
+        let (_, len) = self.b.until(|b| b.queues[0].used());
         assert!(!self.b.needs_reset());
-        let (_, len) = self.b.queues[0].used().expect("the request is completed");
         (self.b.read(STATUS, 1)[0], len)
     }
 
@@ -74,7 +106,6 @@ const OK: u8 = Status::Ok as u8;
 const IOERR: u8 = Status::IoErr as u8;
 const UNSUPPORTED: u8 = Status::Unsupported as u8;
 
-#[test]
 fn what_is_written_is_read_back_and_lies_in_the_file() {
     let mut d = Disk::new(64);
     let data: Vec<u8> = (0..2048).map(|n| (n * 7) as u8).collect();
@@ -95,7 +126,6 @@ fn what_is_written_is_read_back_and_lies_in_the_file() {
     assert_eq!(d.request(4, 0, &[]), (OK, 1));
 }
 
-#[test]
 fn identity_is_returned() {
     let mut d = Disk::new(1);
     assert_eq!(d.request(8, 0, &[writable(BUFFER, 20)]), (OK, 21));
@@ -103,7 +133,6 @@ fn identity_is_returned() {
     assert_eq!(d.request(8, 0, &[writable(BUFFER, 19)]), (IOERR, 1));
 }
 
-#[test]
 fn nothing_beyond_the_capacity_is_reached() {
     let mut d = Disk::new(8);
     let one = [writable(BUFFER, 512)];
@@ -125,7 +154,6 @@ fn nothing_beyond_the_capacity_is_reached() {
     assert_eq!(d.file.metadata().unwrap().len(), 8 * 512);
 }
 
-#[test]
 fn unknown_requests_are_unsupported() {
     let mut d = Disk::new(8);
     for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 16, u32::MAX] {
@@ -133,7 +161,6 @@ fn unknown_requests_are_unsupported() {
     }
 }
 
-#[test]
 fn a_read_only_disk_is_not_written() {
     let file = disk_file(8);
     let b = Bench::new(build(&spec(true), file.try_clone().unwrap()).unwrap());
@@ -147,7 +174,6 @@ fn a_read_only_disk_is_not_written() {
     assert_eq!(d.b.read(BUFFER, 512), [0; 512]);
 }
 
-#[test]
 fn ranges_are_zeroed_and_discarded() {
     let mut d = Disk::new(64);
     d.file.write_all(&[7; 64 * 512]).unwrap();
@@ -180,7 +206,6 @@ fn ranges_are_zeroed_and_discarded() {
     assert_eq!(d.request(11, 0, &[readable(BUFFER, 16 * 100)]).0, IOERR);
 }
 
-#[test]
 fn chains_of_every_bad_form_are_completed() {
     let mut d = Disk::new(8);
     let header = d.header(0, 0);
@@ -226,7 +251,6 @@ fn chains_of_every_bad_form_are_completed() {
     }
 }
 
-#[test]
 fn a_chain_that_bites_its_tail_ends() {
     let mut d = Disk::new(8);
     let q = &mut d.b.queues[0];
@@ -242,7 +266,6 @@ fn a_chain_that_bites_its_tail_ends() {
     );
 }
 
-#[test]
 fn an_indirect_chain_with_many_segments_works() {
     let mut d = Disk::new(1024);
     let mut chain = vec![d.header(0, 0)];
@@ -255,7 +278,6 @@ fn an_indirect_chain_with_many_segments_works() {
     assert_eq!(d.finish().1, 1, "one too many");
 }
 
-#[test]
 fn a_file_that_became_shorter_gives_errors() {
     let mut d = Disk::new(8);
     d.file.set_len(512).unwrap();
@@ -263,7 +285,6 @@ fn a_file_that_became_shorter_gives_errors() {
     assert_eq!(d.request(0, 0, &[writable(BUFFER, 1024)]).0, IOERR);
 }
 
-#[test]
 fn what_cannot_be_a_disk_is_refused() {
     let text = |r: Result<Box<dyn VirtioDevice>, BuildError>| r.err().expect("refused").to_string();
     let odd = disk_file(1);
@@ -285,7 +306,6 @@ fn what_cannot_be_a_disk_is_refused() {
     assert!(text(missing).contains("was not handed over"));
 }
 
-#[test]
 fn configuration_space_tells_the_capacity() {
     let device = build(&spec(false), disk_file(4711)).unwrap();
     let mut data = [0; 8];
@@ -297,7 +317,6 @@ fn configuration_space_tells_the_capacity() {
     device.read_config(u64::MAX, &mut data);
 }
 
-#[test]
 fn state_comes_back_and_another_disk_is_refused() {
     let mut d = Disk::new(8);
     let file = d.file.try_clone().unwrap();
@@ -312,3 +331,145 @@ fn state_comes_back_and_another_disk_is_refused() {
     let refused = spec(false).build(&mut BuildEnv::new(vec![disk_file(8).into()]), Some(saved));
     assert!(matches!(refused, Err(BuildError::Invalid { .. })));
 }
+
+/// A request in memory of its own: header, one sector of data, status.
+fn own_request(d: &mut Disk, at: u64, kind: u32, sector: u64) {
+    let place = DATA + at * 0x1000;
+    d.b.write(place, &kind.to_le_bytes());
+    d.b.write(place + 8, &sector.to_le_bytes());
+    d.b.write(place + 16, &[0xff]);
+    let data = Buf {
+        addr: place + 512,
+        len: 512,
+        write: kind == 0,
+    };
+    d.b.queues[0].add(&[readable(place, 16), data, writable(place + 16, 1)]);
+}
+
+fn own_result(d: &Disk, at: u64) -> (u8, Vec<u8>) {
+    let place = DATA + at * 0x1000;
+    (d.b.read(place + 16, 1)[0], d.b.read(place + 512, 512))
+}
+
+/// As many requests as fit into the ring, each with three descriptors.
+const MANY: u64 = QUEUE_SIZE as u64 / 3;
+
+fn many_requests_at_once_are_each_done_once() {
+    let mut d = Disk::new(MANY);
+    for at in 0..MANY {
+        d.b.write(DATA + at * 0x1000 + 512, &[at as u8 + 1; 512]);
+        own_request(&mut d, at, 1, at);
+    }
+    d.b.notify(0);
+    for left in (0..MANY).rev() {
+        d.b.until(|b| b.queues[0].used());
+        assert!(left > 0 || d.b.queues[0].used().is_none());
+    }
+    // Backwards, so that neither order nor place can be right by accident.
+    for at in 0..MANY {
+        assert_eq!(own_result(&d, at).0, OK);
+        own_request(&mut d, at, 0, MANY - 1 - at);
+    }
+    d.b.notify(0);
+    for _ in 0..MANY {
+        d.b.until(|b| b.queues[0].used());
+    }
+    for at in 0..MANY {
+        assert_eq!(
+            own_result(&d, at),
+            (OK, vec![(MANY - at) as u8; 512]),
+            "read {at}"
+        );
+    }
+    assert!(!d.b.needs_reset());
+}
+
+fn what_is_in_flight_ends_before_the_device_stops() {
+    let mut d = Disk::new(MANY);
+    for round in 0..20_u8 {
+        for at in 0..MANY {
+            d.b.write(DATA + at * 0x1000 + 512, &[round + 1; 512]);
+            own_request(&mut d, at, 1, at);
+        }
+        d.b.notify(0);
+        // Begun, and possibly not done.
+        d.b.turn_once(0);
+        let stopped = d.b.deactivate();
+        assert_eq!(
+            u64::from(stopped[0].next_used()),
+            MANY,
+            "every chain was given back"
+        );
+        let mut all = vec![0; (MANY * SECTOR) as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&d.file, &mut all, 0).unwrap();
+        assert!(all.iter().all(|b| *b == round + 1), "round {round}");
+        d.b.activate();
+    }
+}
+
+fn what_was_in_flight_at_a_pause_is_not_done_again() {
+    let mut d = Disk::new(MANY);
+    for at in 0..MANY {
+        own_request(&mut d, at, 0, at);
+    }
+    d.b.notify(0);
+    d.b.turn_once(0);
+    d.b.pause_and_resume();
+    let done = std::iter::from_fn(|| d.b.queues[0].used()).count();
+    assert_eq!(done as u64, MANY);
+    assert!((0..MANY).all(|at| own_result(&d, at).0 == OK));
+}
+
+fn a_driver_without_flush_has_its_writes_synchronized() {
+    let file = disk_file(8);
+    let device = build(&spec(false), file.try_clone().unwrap()).unwrap();
+    let features = device.features() & !feature::FLUSH;
+    let mut d = Disk {
+        b: Bench::with_features(device, features),
+        file,
+    };
+    d.b.write(BUFFER, &[5; 512]);
+    assert_eq!(d.request(1, 1, &[readable(BUFFER, 512)]), (OK, 1));
+    let range = d.range(2, 1, 0);
+    assert_eq!(d.request(13, 0, &[range]), (OK, 1));
+    assert_eq!(d.request(0, 1, &[writable(BUFFER, 512)]), (OK, 513));
+    assert_eq!(d.b.read(BUFFER, 512), [5; 512]);
+}
+
+fn ranges_of_no_length_are_skipped() {
+    let mut d = Disk::new(64);
+    d.file.write_all(&[7; 64 * 512]).unwrap();
+    let mut ranges = Vec::new();
+    for (sector, sectors) in [(0_u64, 0_u32), (8, 1), (20, 0), (9, 1)] {
+        ranges.extend(sector.to_le_bytes());
+        ranges.extend(sectors.to_le_bytes());
+        ranges.extend([0; 4]);
+    }
+    d.b.write(BUFFER, &ranges);
+    assert_eq!(d.request(13, 0, &[readable(BUFFER, 64)]), (OK, 1));
+    assert_eq!(d.request(0, 7, &[writable(BUFFER, 4 * 512)]).0, OK);
+    let read = d.b.read(BUFFER, 4 * 512);
+    assert!(read[..512].iter().chain(&read[3 * 512..]).all(|b| *b == 7));
+    assert!(read[512..3 * 512].iter().all(|b| *b == 0));
+}
+
+on_both_engines!(
+    what_is_written_is_read_back_and_lies_in_the_file,
+    identity_is_returned,
+    nothing_beyond_the_capacity_is_reached,
+    unknown_requests_are_unsupported,
+    a_read_only_disk_is_not_written,
+    ranges_are_zeroed_and_discarded,
+    chains_of_every_bad_form_are_completed,
+    a_chain_that_bites_its_tail_ends,
+    an_indirect_chain_with_many_segments_works,
+    a_file_that_became_shorter_gives_errors,
+    what_cannot_be_a_disk_is_refused,
+    configuration_space_tells_the_capacity,
+    state_comes_back_and_another_disk_is_refused,
+    many_requests_at_once_are_each_done_once,
+    what_is_in_flight_ends_before_the_device_stops,
+    what_was_in_flight_at_a_pause_is_not_done_again,
+    a_driver_without_flush_has_its_writes_synchronized,
+    ranges_of_no_length_are_skipped,
+);

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use vm_memory::GuestMemoryMmap;
 
-use super::super::ring::{Budget, Buffers, Chain, MAX_SEGMENTS, copy_from, copy_to};
+use super::super::ring::{Budget, Buffers, Chain, MAX_SEGMENTS, Serve, copy_from, copy_to};
 use super::super::{ActiveQueue, HandlerError, Interrupt, QueueHandler, Stopped};
 use super::connection::Key;
 use super::hub::{CLOSE_WITHIN, Hub};
@@ -39,6 +39,20 @@ struct Scratch {
     vecs: IoVecs,
 }
 
+/// Serves the guest's packets.
+struct Sender<'a, 'e> {
+    hub: &'a mut Hub,
+    scratch: &'a mut Scratch,
+    events: &'a mut Registrar<'e>,
+}
+
+impl Serve for Sender<'_, '_> {
+    fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32> {
+        from_guest(self.hub, self.scratch, memory, chain, budget, self.events);
+        Some(0)
+    }
+}
+
 impl VsockHandler {
     /// A handler of the three queues: to the guest, from it, and events.
     pub fn new(
@@ -63,13 +77,15 @@ impl VsockHandler {
     }
 
     fn serve_tx(&mut self, events: &mut Registrar<'_>) -> Result<(), HandlerError> {
-        let (hub, scratch, memory) = (&mut self.hub, &mut self.scratch, &*self.memory);
         let mut budget = Budget::new(PACKETS_PER_WAKE, BYTES_PER_WAKE);
+        let mut sender = Sender {
+            hub: &mut self.hub,
+            scratch: &mut self.scratch,
+            events,
+        };
+        self.tx.clear_notification();
         self.tx
-            .drain(memory, &*self.interrupt, &mut budget, |chain, budget| {
-                from_guest(hub, scratch, memory, chain, budget, events);
-                0
-            })
+            .drain(&self.memory, &*self.interrupt, &mut budget, &mut sender)
     }
 
     /// Tells the guest what there is to tell, as long as it has given buffers for it.
