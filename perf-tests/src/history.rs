@@ -12,13 +12,14 @@ use crate::results::{Measured, ResultFile};
 const DEPTH: u32 = 3;
 const MAX_FILES: usize = 10_000;
 
-/// All results files under `paths`, each of which is a file or a folder.
+/// All results files under `paths`, each of which is a file or a folder, in their order; those of a folder by name.
 pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
+        let from = files.len();
         collect(path, DEPTH, &mut files)?;
+        files[from..].sort();
     }
-    files.sort();
     Ok(files)
 }
 
@@ -50,12 +51,12 @@ struct Series {
 }
 
 /// The figures of a result by which it is known, with their units.
-fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
+pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
     match measured {
         Measured::BootProbe(boot) => {
             vec![("Start of the probe guest, × floor".into(), "× floor", boot.ratio)]
         }
-        Measured::BootLinux(boot) => vec![(format!("Boot of {}", boot.guest), "ms", boot.init_ms)],
+        Measured::BootLinux(boot) => vec![(format!("{}, to init", boot.guest), "ms", boot.init_ms)],
         Measured::Density(density) => vec![
             ("Memory per idle guest".into(), "MB", density.host_mb_per_guest),
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),

@@ -114,8 +114,8 @@ impl LinuxArgs {
         let given = self.kernel.is_some() || self.initrd.is_some();
         let what = match (self.image, given) {
             (true, _) => "Shoal's own image",
-            (_, true) => "another kernel or initial RAM disk",
-            _ => "the reference kernel and initial RAM disk",
+            (_, true) => "Another kernel or initial RAM disk",
+            _ => "The reference kernel and initial RAM disk",
         };
         if self.image {
             (self.cmdline, self.marker) = (IMAGE_CMDLINE.into(), IMAGE_MARKER.into());

@@ -11,12 +11,33 @@ pub const STYLE: &str = "\
 svg{background:var(--bg);font:13px system-ui,sans-serif}
 svg text{fill:var(--fg)}
 svg .dim{fill:var(--dim)}
+svg .on{fill:var(--bg);font-weight:600}
 svg .grid{stroke:var(--grid);stroke-width:1}
 svg .line{fill:none;stroke-width:2}
 svg .whisker{stroke:var(--fg);stroke-width:1.5}
 ";
 const COLOURS: usize = 8;
 const WIDTH: f64 = 760.0;
+
+/// Width of a letter of the plots' font, if it is a wide one.
+const LETTER: f64 = 7.2;
+
+/// The colours once more, paler, when they are used up.
+fn fill(colour: usize) -> String {
+    let c = colour % COLOURS;
+    match colour / COLOURS % 2 {
+        0 => format!("fill:var(--c{c})"),
+        _ => format!("fill:var(--c{c});fill-opacity:.5"),
+    }
+}
+
+/// At most `most` letters.
+fn shortened(text: &str, most: usize) -> String {
+    match text.chars().count() <= most {
+        true => text.to_owned(),
+        false => text.chars().take(most.saturating_sub(1)).chain(['…']).collect(),
+    }
+}
 
 /// Text made safe for XML and HTML.
 pub fn escape(text: &str) -> String {
@@ -74,16 +95,16 @@ impl Plot {
     }
 
     fn bar(&mut self, (x, y): (f64, f64), (width, height): (f64, f64), colour: usize) {
-        let c = colour % COLOURS;
+        let fill = fill(colour);
         self.add(format_args!(
-            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" style=\"fill:var(--c{c})\"/>"
+            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" style=\"{fill}\"/>"
         ));
     }
 
     fn dot(&mut self, (x, y): (f64, f64), radius: f64, colour: usize) {
-        let c = colour % COLOURS;
+        let fill = fill(colour);
         self.add(format_args!(
-            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" style=\"fill:var(--c{c})\"/>"
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius}\" style=\"{fill}\"/>"
         ));
     }
 
@@ -105,19 +126,22 @@ impl Plot {
         ));
     }
 
-    /// Names with their colours, in rows below `top`; returns where they end.
+    /// Names with their colours, in rows below `top`, in as many columns as the longest leaves room for; returns where
+    /// they end.
     fn legend(&mut self, names: &[String], top: f64) -> f64 {
-        const COLUMNS: usize = 3;
-        let column = WIDTH / COLUMNS as f64;
+        let longest = names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
+        let columns = ((WIDTH / (longest as f64 * LETTER + 34.0)) as usize).clamp(1, 3);
+        let column = WIDTH / columns as f64;
+        let most = ((column - 34.0) / LETTER) as usize;
         for (i, name) in names.iter().enumerate() {
             let at = (
-                8.0 + column * (i % COLUMNS) as f64,
-                top + 20.0 * (i / COLUMNS) as f64,
+                8.0 + column * (i % columns) as f64,
+                top + 20.0 * (i / columns) as f64,
             );
             self.bar(at, (12.0, 12.0), i);
-            self.text((at.0 + 18.0, at.1 + 11.0), "start", "", name);
+            self.text((at.0 + 18.0, at.1 + 11.0), "start", "", &shortened(name, most));
         }
-        top + 20.0 * names.len().div_ceil(COLUMNS) as f64
+        top + 20.0 * names.len().div_ceil(columns) as f64
     }
 
     fn svg(&self, inside: &str) -> String {
@@ -276,7 +300,8 @@ pub fn cdf(title: &str, series: &[(&str, &[f64])]) -> Plot {
     plot
 }
 
-/// One bar of what a boot spends its time on, and how long each piece takes (ms).
+/// One bar of what a boot spends its time on: each piece has the name of the step that ends it, and how long it takes
+/// (ms). Pieces with room for it bear their name.
 pub fn timeline(title: &str, pieces: &[(&str, f64)]) -> Plot {
     let mut plot = Plot::new(title, 0.0);
     let total = pieces.iter().map(|p| p.1.max(0.0)).sum();
@@ -287,8 +312,17 @@ pub fn timeline(title: &str, pieces: &[(&str, f64)]) -> Plot {
     for (i, &(name, took)) in pieces.iter().enumerate() {
         let (from, to) = (axis.place(at), axis.place(at + took.max(0.0)));
         plot.bar((from, 14.0), (to - from, 42.0), i);
+        let label = format!("{name} {}", short(took));
+        if label.chars().count() as f64 * LETTER < to - from {
+            plot.text(
+                ((from + to) / 2.0, 40.0),
+                "middle",
+                if i < COLOURS { "on" } else { "" },
+                &label,
+            );
+        }
         at += took.max(0.0);
-        names.push(format!("{name}: {} ms", short(took)));
+        names.push(format!("{name}: +{} ms", short(took)));
     }
     plot.height = plot.legend(&names, 110.0) + 8.0;
     plot
@@ -314,8 +348,7 @@ pub fn ratios(title: &str, unit: &str, all: &[Ratio<'_>]) -> Plot {
     draw_x(&mut plot, &axis, (6.0, bottom), unit);
     for (i, r) in all.iter().enumerate() {
         let y = 10.0 + row * i as f64;
-        let name: String = r.name.chars().take(40).collect();
-        plot.text((left - 8.0, y + 16.0), "end", "", &name);
+        plot.text((left - 8.0, y + 16.0), "end", "", &shortened(r.name, 36));
         plot.bar((left, y + 2.0), (axis.place(r.ratio) - left, row - 10.0), i);
         let (low, high) = (axis.place(r.interval.0), axis.place(r.interval.1));
         plot.line((low, y + 12.0), (high, y + 12.0), "whisker");
@@ -383,8 +416,7 @@ pub fn history(title: &str, unit: &str, points: &[(&str, f64)]) -> Plot {
     for (i, (&(cx, cy), &(label, figure))) in placed.iter().zip(points).enumerate() {
         plot.dot((cx, cy), 3.5, 0);
         if i % every == 0 || i + 1 == points.len() {
-            let label: String = label.chars().take(10).collect();
-            plot.text((cx, bottom + 18.0), "middle", "dim", &label);
+            plot.text((cx, bottom + 18.0), "middle", "dim", &shortened(label, 10));
             plot.text((cx, cy - 9.0), "middle", "", &short(figure));
         }
     }

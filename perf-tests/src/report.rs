@@ -9,7 +9,7 @@ use crate::gate::durations;
 use crate::history;
 use crate::machine::Machine;
 use crate::plot::{self, Plot, Ratio, STYLE, escape, short};
-use crate::results::{Density, LinuxBoot, Measured, ProbeBoot, ResultFile};
+use crate::results::{Density, LinuxBoot, Measured, ProbeBoot, ResultFile, Stage};
 
 const PAGE_STYLE: &str = "\
 html{color-scheme:light dark;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
@@ -19,6 +19,8 @@ table{border-collapse:collapse;margin:.6rem 0}
 td,th{padding:.15rem .9rem .15rem 0;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 th{color:var(--dim);font-weight:500}
+td.v{white-space:normal}td,th{white-space:nowrap}
+figure{margin:1.4rem 0}figcaption{font-weight:600}
 svg{max-width:100%;height:auto;display:block;margin:.4rem 0 1rem}
 .dim,summary{color:var(--dim)}.big{font-size:1.5rem}
 ";
@@ -49,10 +51,16 @@ pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Path, svg: Option<
     if sections.is_empty() {
         bail!("no results file could be used: the reasons are above");
     }
+    let each = |r: &ResultFile| {
+        let headlines = history::headlines(&r.measured).into_iter();
+        let named = headlines.map(|(name, unit, figure)| (format!("{name} ({})", r.method), unit, figure));
+        named.collect::<Vec<_>>()
+    };
+    let headlines: Vec<_> = results.iter().flat_map(each).collect();
     results.extend(history::find(earlier)?.iter().filter_map(&mut load));
     let used = results.len();
     sections.extend(over_time(&results));
-    std::fs::write(output, page(&sections))
+    std::fs::write(output, page(&headlines, &sections))
         .with_context(|| format!("writing the report {}", output.display()))?;
     println!("{}: {used} results", output.display());
     if let Some(folder) = svg {
@@ -96,7 +104,7 @@ fn over_time(results: &[ResultFile]) -> Option<Section> {
     Some(Section { html, plots: named })
 }
 
-fn page(sections: &[Section]) -> String {
+fn page(headlines: &[(String, &str, f64)], sections: &[Section]) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\">\
@@ -104,6 +112,16 @@ fn page(sections: &[Section]) -> String {
          <p>Figures of different methods are never to be compared with each other. Ratios were taken in one run, in \
          turns; their intervals hold the true ratio of medians with 95 % confidence (bootstrap over turns).</p>\n"
     );
+    html.push_str("<table>\n");
+    for (name, unit, figure) in headlines {
+        let row = format!(
+            "<tr><td class=n>{}<td>{unit}<td class=v>{}</tr>",
+            plain(*figure),
+            escape(name)
+        );
+        line(&mut html, &row);
+    }
+    html.push_str("</table>\n");
     for section in sections {
         html.push_str(&section.html);
     }
@@ -142,8 +160,8 @@ type Part = (String, String, Vec<(&'static str, Plot)>);
 
 fn probe_boot(boot: &ProbeBoot) -> Part {
     let mut html = format!(
-        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n<table><tr><th>started<th class=n>median, ms\
-         <th class=n>p90, ms<th class=n>÷ shoal-vmm<th>95 % interval<th>version</tr>\n",
+        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n<table><tr><th>started<th class=n>ms\
+         <th class=n>p90<th class=n>÷ shoal-vmm<th>95 % interval<th>version</tr>\n",
         short(boot.vmm_ms),
         short(boot.ratio)
     );
@@ -156,7 +174,7 @@ fn probe_boot(boot: &ProbeBoot) -> Part {
         line(
             &mut html,
             &format!(
-                "<tr><td>{name}{figures}<td>{} to {}<td>{version}</tr>",
+                "<tr><td>{name}{figures}<td>{} to {}<td class=v>{version}</tr>",
                 short(low),
                 short(high)
             ),
@@ -193,16 +211,32 @@ fn probe_boot(boot: &ProbeBoot) -> Part {
             plot::ratios("Start latency as a ratio", "× shoal-vmm", &all),
         ),
         ("latency", plot::cdf("Start latency, distribution", &series)),
-        (
-            "timeline",
-            plot::timeline("What a start is made of", &durations(&boot.stages)),
-        ),
+        ("timeline", stacked("What a start is made of", &boot.stages)),
     ];
     (
         "From process start to the guest's first output".into(),
         html,
         plots,
     )
+}
+
+/// A boot's pieces, each named after the step that ends it, in words.
+fn stacked(title: &str, stages: &[Stage]) -> Plot {
+    let pieces: Vec<(String, f64)> = durations(stages).iter().map(|&(n, d)| (words(n), d)).collect();
+    let pieces: Vec<(&str, f64)> = pieces.iter().map(|(n, d)| (n.as_str(), *d)).collect();
+    plot::timeline(&format!("{title} (pieces are named after their end)"), &pieces)
+}
+
+/// `FirstInstruction` as `first instruction`; what has no capital letters stays.
+fn words(step: &str) -> String {
+    let mut words = String::new();
+    for c in step.chars() {
+        if c.is_uppercase() && !words.is_empty() {
+            words.push(' ');
+        }
+        words.extend(c.to_lowercase());
+    }
+    words
 }
 
 fn linux_boot(boot: &LinuxBoot) -> Part {
@@ -212,10 +246,7 @@ fn linux_boot(boot: &LinuxBoot) -> Part {
         boot.runs,
         short(boot.spread_percent)
     );
-    let plots = vec![(
-        "timeline",
-        plot::timeline("What a boot is made of", &durations(&boot.stages)),
-    )];
+    let plots = vec![("timeline", stacked("What a boot is made of", &boot.stages))];
     (
         match boot.guest.as_str() {
             "" => "A Linux guest: from process start to the first line of init".into(),
@@ -331,11 +362,35 @@ fn machine(m: &Machine, taken: u64) -> String {
         ("huge pages", &m.huge_pages),
         ("mitigations", &mitigations),
         ("load when it began", &load),
-        ("measured, seconds since 1970", &taken.to_string()),
+        ("measured", &date(taken)),
     ] {
         line(&mut rows, &format!("<tr><th>{name}<td>{}</tr>", escape(value)));
     }
     format!("<details><summary>The machine</summary><table>\n{rows}</table></details>\n")
+}
+
+/// A day and time of UTC, of seconds since 1970.
+fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Years that begin in March, so that the leap day ends them (Howard Hinnant, chrono-compatible low-level date
+    // algorithms, days_from_civil inverted).
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_based = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_based + 2) / 5 + 1;
+    let month = if march_based < 10 {
+        march_based + 3
+    } else {
+        march_based - 9
+    };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!(
+        "{year}-{month:02}-{day:02} {:02}:{:02} UTC",
+        rest / 3600,
+        rest / 60 % 60
+    )
 }
 
 #[cfg(test)]
@@ -399,6 +454,15 @@ mod tests {
         for outside in ["src=", "href=", "@import", "url("] {
             assert!(!html.contains(outside), "the page loads something: {outside}");
         }
+    }
+
+    #[test]
+    fn dates_and_words_are_readable() {
+        assert_eq!(date(0), "1970-01-01 00:00 UTC");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(date(1_735_689_599), "2024-12-31 23:59 UTC");
+        assert_eq!(words("FirstInstruction"), "first instruction");
+        assert_eq!(words("Mark(1)"), "mark(1)");
     }
 
     #[test]
