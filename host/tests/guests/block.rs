@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
-use shoal_host::{Disk, StopReason};
+use shoal_host::{Disk, DiskEngine, StopReason};
 
 use crate::fleet::{Fleet, jeos, linux_runs, value};
 use crate::pattern::{self, DISK};
@@ -13,9 +13,13 @@ const BYTES: u64 = 8 << 20;
 
 #[test]
 fn what_is_flushed_survives_a_reset() {
-    if !linux_runs("what_is_flushed_survives_a_reset") {
-        return;
+    if linux_runs("what_is_flushed_survives_a_reset") {
+        flushed_survives(DiskEngine::Sync);
     }
+}
+
+/// With all disks on `engine`.
+pub fn flushed_survives(engine: DiskEngine) {
     let fleet = Fleet::new();
     let data = fleet.disk_file("data", BYTES);
     let locked = fleet.disk_file("locked", 1 << 20);
@@ -37,9 +41,11 @@ fn what_is_flushed_survives_a_reset() {
             id: id.into(),
             path: path.clone(),
             read_only,
+            engine,
             ..Disk::default()
         });
     }
+    spec.disks[0].engine = engine;
     let guest = fleet.start(spec);
     let end = guest.end();
     assert_eq!(end.reason, StopReason::Reset, "{}", end.console);
@@ -60,9 +66,13 @@ fn what_is_flushed_survives_a_reset() {
 
 #[test]
 fn what_is_discarded_is_given_back() {
-    if !linux_runs("what_is_discarded_is_given_back") {
-        return;
+    if linux_runs("what_is_discarded_is_given_back") {
+        discarded_is_given_back(DiskEngine::Sync);
     }
+}
+
+/// With the disk on `engine`.
+pub fn discarded_is_given_back(engine: DiskEngine) {
     const MIB: u64 = 1 << 20;
     let fleet = Fleet::new();
     let data = fleet.disk_file("data", BYTES);
@@ -79,6 +89,7 @@ fn what_is_discarded_is_given_back() {
     spec.disks.push(Disk {
         id: "data".into(),
         path: data.clone(),
+        engine,
         ..Disk::default()
     });
     let end = fleet.start(spec).end();

@@ -9,6 +9,7 @@
 
 mod block;
 mod boot;
+mod engines;
 mod fleet;
 mod hostile;
 mod memory;
