@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
-use shoal_host::{Confinement, Host, HostConfig, SeccompMode};
+use shoal_host::{Confinement, CoreScheduling, Host, HostConfig, SeccompMode};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Runs microVM guests, driven by JSON over HTTP on a Unix socket.
@@ -50,6 +50,15 @@ struct Arguments {
     /// a block above 1900000000 that the state directory's path chooses.
     #[arg(long, value_name = "UID", env = "SHOAL_FIRST_USER")]
     first_user: Option<u32>,
+    /// Whether a guest's threads share a core with those of no other (PR_SCHED_CORE): `auto` where processors share cores
+    /// (SMT) and the kernel can do it, `on` refuses to start where it cannot, `off`.
+    #[arg(
+        long,
+        value_name = "auto|on|off",
+        default_value = "auto",
+        env = "SHOAL_CORE_SCHEDULING"
+    )]
+    core_scheduling: CoreScheduling,
     /// For debugging: put VMMs into no jail. A guest that takes over its VMM has then what the daemon has.
     #[arg(long)]
     no_jail: bool,
@@ -104,6 +113,7 @@ async fn run(arguments: Arguments) -> Result<()> {
         seccomp: arguments.seccomp,
         cgroup: arguments.cgroup,
         first_user: arguments.first_user,
+        core_scheduling: arguments.core_scheduling,
     };
     let config = HostConfig {
         confinement,

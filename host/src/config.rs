@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use shoal_jailer::seccomp;
+use shoal_jailer::{CoreScheduling, seccomp};
 
 /// What a host is opened with.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct Confinement {
     /// The first of the 4,096 users that VMMs run as when the host is root; chosen by the state directory's path when
     /// it is not given.
     pub first_user: Option<u32>,
+    /// Whether threads of a guest share a core with those of no other.
+    pub core_scheduling: CoreScheduling,
 }
 
 impl Default for Confinement {
@@ -43,6 +45,7 @@ impl Default for Confinement {
             seccomp: seccomp::Mode::Kill,
             cgroup: None,
             first_user: None,
+            core_scheduling: CoreScheduling::Auto,
         }
     }
 }

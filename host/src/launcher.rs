@@ -64,6 +64,7 @@ struct Inner {
     seccomp: seccomp::Mode,
     ids: Mutex<IdAllocator>,
     kills: Option<Mutex<KillLog>>,
+    core_scheduling: bool,
     degradations: Vec<Degradation>,
     /// What was said in the log already.
     told: Mutex<HashSet<&'static str>>,
@@ -119,6 +120,13 @@ impl Launcher {
         } else {
             Mode::Off
         };
+        let (core_scheduling, shared_cores) = match mode {
+            Mode::Off => (false, None),
+            Mode::Root | Mode::Rootless => confinement
+                .core_scheduling
+                .decide()
+                .map_err(LauncherError::Jail)?,
+        };
         let (jailer, no_cgroup) = jailer(mode, users, confinement.cgroup.as_deref())?;
         let kills = KillLog::open();
         let mut degradations = jailer.degradations().to_vec();
@@ -127,6 +135,7 @@ impl Launcher {
             lack.into_iter().for_each(|lack| lack.because = because.clone());
         }
         degradations.extend(kills.as_ref().err().cloned());
+        degradations.extend(shared_cores);
         if let Some(lack) = weak_filter(confinement.seccomp) {
             degradations.push(lack);
         }
@@ -136,6 +145,7 @@ impl Launcher {
             seccomp: confinement.seccomp,
             ids: Mutex::new(IdAllocator::new(users)),
             kills: kills.ok().map(Mutex::new),
+            core_scheduling,
             degradations,
             told: Mutex::default(),
         })))
@@ -229,7 +239,7 @@ impl Launcher {
                 limits: &limits(launch),
                 rlimits: Rlimits::default(),
                 oom_score_adj: Some(500),
-                core_scheduling: inner.core_scheduling(),
+                core_scheduling: inner.core_scheduling,
                 die_with_parent: false,
             },
         )
@@ -273,18 +283,6 @@ impl Launcher {
         let pid = i32::try_from(pid).ok()?;
         lock(kills).find(pid, patience).map(|kill| kill.name())
     }
-}
-
-impl Inner {
-    /// Whether two guests may never share a core: matters only where cores have two threads.
-    fn core_scheduling(&self) -> bool {
-        self.jailer.mode() != Mode::Off && smt_is_on()
-    }
-}
-
-/// Whether processors share cores (Documentation/admin-guide/hw-vuln/l1tf.rst).
-pub(crate) fn smt_is_on() -> bool {
-    std::fs::read("/sys/devices/system/cpu/smt/active").is_ok_and(|text| text.starts_with(b"1"))
 }
 
 impl Lease {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fleet::{Fleet, PATIENCE, kvm_opens, program};
-use shoal_host::{GuestSpec, Host, HostConfig, State, StopReason, now_ns};
+use shoal_host::{CoreScheduling, GuestSpec, Host, HostConfig, State, StopReason, now_ns};
 
 /// Whether the jails are made by root.
 fn by_root() -> bool {
@@ -209,4 +209,55 @@ fn a_filter_s_kill_names_the_system_call() {
     if by_root() || syscall.is_some() {
         assert_eq!(syscall.as_deref(), Some("socket"));
     }
+}
+
+#[test]
+fn core_scheduling_is_each_guest_s_own_or_refused() {
+    const TEST: &str = "core_scheduling_is_each_guest_s_own_or_refused";
+    if !kvm_opens(TEST) {
+        return;
+    }
+    let fleet = Fleet::new();
+    let vmm = program("shoal-vmm").expect("shoal-vmm is built");
+    let mut config = HostConfig::new(fleet.path("cores"), vmm);
+    config.confinement.core_scheduling = CoreScheduling::On;
+    let opened = fleet.wait("opening", Host::open(config.clone()));
+    if shoal_jailer::core_scheduling_works().is_ok() {
+        let host = opened.expect("it opens");
+        let mut spec = GuestSpec::new(fleet.probe(), 2, 16);
+        spec.cmdline = "exit=halt".into();
+        let mut cookies = HashSet::from([0]);
+        for _ in 0..2 {
+            let created = fleet
+                .wait("creating", host.create(spec.clone()))
+                .expect("it is created");
+            let started = fleet.wait("starting", host.start(&created.id, now_ns()));
+            let pid = started.expect("it starts").pid.expect("it runs");
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("it runs");
+            let threads = tasks.map(|task| task.expect("it runs").file_name().into_string());
+            let of_guest: HashSet<u64> = threads
+                .map(|thread| thread.expect("a number").parse().expect("a number"))
+                .map(|thread| shoal_jailer::cookie(thread).expect("root may ask"))
+                .collect();
+            assert_eq!(of_guest.len(), 1, "threads of one guest have {of_guest:x?}");
+            assert!(
+                cookies.is_disjoint(&of_guest),
+                "{of_guest:x?}, and others {cookies:x?}"
+            );
+            cookies.extend(of_guest);
+            let deleted = fleet.wait("deleting", host.delete(&created.id, true));
+            deleted.expect("it is deleted");
+        }
+        return;
+    }
+    println!("SKIP: {TEST} (cookies): the kernel refuses them here");
+    let error = shoal_host::chain(&opened.expect_err("it was asked for"));
+    assert!(
+        error.contains("PR_SCHED_CORE") && error.contains("leave it at auto"),
+        "{error}"
+    );
+    // The daemon's default starts guests nevertheless.
+    config.confinement.core_scheduling = CoreScheduling::Auto;
+    let host = fleet.wait("opening", Host::open(config)).expect("it opens");
+    fleet.wait("closing", host.close(None));
 }

@@ -279,9 +279,7 @@ fn become_nobody(plan: &Plan<'_>) -> Result<(), Errno> {
         report.begin(Step::CoreScheduling);
         const CREATE: usize = 1;
         const THREAD_GROUP: usize = 1;
-        if sys::prctl(libc::PR_SCHED_CORE, CREATE, 0, THREAD_GROUP, 0).is_err() {
-            report.skip(Step::CoreScheduling);
-        }
+        sys::prctl(libc::PR_SCHED_CORE, CREATE, 0, THREAD_GROUP, 0)?;
     }
     if plan.mode == Mode::Root && plan.tools.user >= 0 {
         report.begin(Step::UserNamespace);

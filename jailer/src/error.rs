@@ -142,6 +142,7 @@ impl Step {
                 "this user runs too many processes already; give each guest its own uid"
             }
             (Step::Ids, libc::EINVAL) => "the uid or gid is outside the range that the jailer was made with",
+            (Step::CoreScheduling, errno) => crate::core_scheduling::advice(Some(errno)),
             (Step::Exec, libc::EACCES) => "the file must be an executable of this machine",
             (Step::Exec, libc::ENOEXEC) => "the file must be a static ELF program for this machine",
             (Step::Exec, libc::ENOENT) => {

@@ -23,15 +23,6 @@ pub(crate) fn skipped(bits: u32) -> Vec<Degradation> {
                 remedy: "raise kernel.keys.maxkeys",
             },
         ),
-        (
-            Step::CoreScheduling,
-            Degradation {
-                what: "core scheduling",
-                because: "the kernel refuses it (no CONFIG_SCHED_CORE, or a machine without SMT)".to_owned(),
-                consequence: "where SMT is on, a guest may watch another on the same core",
-                remedy: "turn SMT off, or use a kernel with CONFIG_SCHED_CORE",
-            },
-        ),
     ];
     all.into_iter()
         .filter(|(step, _)| bits & (1 << *step as u32) != 0)

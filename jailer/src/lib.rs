@@ -36,6 +36,7 @@
 pub mod cgroup;
 mod child;
 mod clone;
+mod core_scheduling;
 mod error;
 mod exec;
 mod id;
@@ -51,6 +52,7 @@ mod spec;
 mod sys;
 
 pub use child::Mode;
+pub use core_scheduling::{CoreScheduling, cookie, core_scheduling_works, smt_is_active};
 pub use error::{Degradation, JailError, Step};
 pub use exec::Executable;
 pub use id::{IdAllocator, IdRange, Ids, JailId};

@@ -39,7 +39,8 @@ pub struct JailSpec<'a> {
     pub rlimits: Rlimits,
     /// 0 to 1000; higher is killed sooner when the host is out of memory. `None` leaves it.
     pub oom_score_adj: Option<u16>,
-    /// No other guest's thread on the other half of a core (PR_SCHED_CORE). Costs throughput; see docs/security.md.
+    /// No other process's thread on the other half of a core (PR_SCHED_CORE). The start fails where the kernel refuses;
+    /// [`crate::CoreScheduling::decide`] tells whether to ask.
     pub core_scheduling: bool,
     /// End the program when the thread that calls [`crate::Jailer::spawn`] ends. Not for guests that outlive their daemon.
     pub die_with_parent: bool,

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use shoal_jailer::cgroup::{CgroupError, Limits, Parent};
 use shoal_jailer::{
-    Executable, Exit, HandOver, IdRange, JailError, Jailer, JailerConfig, Mode, Step, cgroup,
+    Executable, Exit, HandOver, IdRange, Ids, JailError, JailSpec, Jailer, JailerConfig, Mode, Rlimits, Step,
+    cgroup, cookie, core_scheduling_works,
 };
 
 mod common;
-use common::{TestCgroup, escape, fresh_uid, is_root, jailer, processes_of, spawn, status, until};
+use common::{TestCgroup, escape, fresh_uid, is_root, jailer, processes_of, spawn, status, until, words};
 
 #[test]
 fn a_jailed_process_has_nothing() {
@@ -395,4 +396,57 @@ fn no_jailer_without_what_it_needs() {
     until("descriptors to be closed", || {
         fs::read_dir("/proc/self/fd").unwrap().count() <= before
     });
+}
+
+#[test]
+fn core_scheduling_gives_each_jail_a_cookie_or_fails() {
+    let name = "core_scheduling_gives_each_jail_a_cookie_or_fails";
+    if !is_root(name) {
+        return;
+    }
+    let uid = fresh_uid();
+    let (jailer, program) = (jailer(Mode::Root, uid, None), escape());
+    let (held, hold) = std::io::pipe().unwrap();
+    let start = |id: &str| {
+        let spec = JailSpec {
+            id: &id.parse().unwrap(),
+            ids: Ids::new(uid, uid).unwrap(),
+            argv: &words(&["hold", "3"]),
+            fds: &[HandOver {
+                fd: held.as_fd(),
+                target: 3,
+            }],
+            limits: &Limits::default(),
+            rlimits: Rlimits::default(),
+            oom_score_adj: None,
+            core_scheduling: true,
+            die_with_parent: true,
+        };
+        jailer.spawn(&program, &spec)
+    };
+    if let Err(error) = core_scheduling_works() {
+        println!("SKIP: {name} (cookies): the kernel refuses them here: {error}");
+        let refused = start("first").unwrap_err();
+        let JailError::Step {
+            step: Step::CoreScheduling,
+            ..
+        } = refused
+        else {
+            panic!("{refused}")
+        };
+        assert!(refused.to_string().contains("leave it at auto"), "{refused}");
+        assert!(processes_of(uid).is_empty());
+        return;
+    }
+    let jails = ["first", "second"].map(|id| start(id).unwrap());
+    let cookies = [&jails[0], &jails[1]].map(|jail| cookie(jail.pid).unwrap());
+    assert!(
+        cookies[0] != 0 && cookies[1] != 0 && cookies[0] != cookies[1],
+        "{cookies:x?}"
+    );
+    assert_eq!(cookie(0).unwrap(), 0, "the daemon has one, too");
+    drop(hold);
+    for jail in jails {
+        jail.destroy().unwrap();
+    }
 }

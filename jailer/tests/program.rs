@@ -71,6 +71,7 @@ fn wrong_arguments_are_refused() {
         (&["--fd", "x"], "no descriptor"),
         (&["--memory-max", "5M"], "--cgroup-parent"),
         (&["--oom-score-adj", "1001"], "1001"),
+        (&["--core-scheduling", "always"], "auto, on or off"),
         (&["--nonsense"], "--nonsense"),
     ] {
         let output = run(options);
@@ -100,6 +101,24 @@ fn root_and_shared_users_are_refused() {
     without.args(["--id", "test", "--", "/bin/true"]);
     refused(without, 125, "--uid and --gid");
     assert!(parent.children().is_empty());
+}
+
+#[test]
+fn core_scheduling_that_cannot_be_had_is_refused() {
+    let name = "core_scheduling_that_cannot_be_had_is_refused";
+    if !is_root(name) {
+        return;
+    }
+    if shoal_jailer::core_scheduling_works().is_ok() {
+        return println!("SKIP: {name}: it can be had here");
+    }
+    let uid = fresh_uid();
+    let on = command(uid, None, &["--core-scheduling", "on"], &["exit", "0"]);
+    refused(on, 125, "PR_SCHED_CORE");
+    for word in ["auto", "off"] {
+        let mut other = command(uid, None, &["--core-scheduling", word], &["exit", "4"]);
+        assert_eq!(other.output().unwrap().status.code(), Some(4), "{word}");
+    }
 }
 
 #[test]

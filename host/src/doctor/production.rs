@@ -100,8 +100,9 @@ fn smt(files: &Files<'_>) -> Check {
     match files.read("/sys/devices/system/cpu/smt/active").as_deref() {
         Some("1") => warning(
             "smt",
-            "processors share cores (SMT): what a guest computes can be guessed from the other half of its core. VMMs ask \
-             for core scheduling (PR_SCHED_CORE), which keeps other guests away from there where the kernel has it",
+            "processors share cores (SMT): what a guest computes can be guessed from the other half of its core. Core \
+             scheduling (PR_SCHED_CORE, shoald --core-scheduling auto) keeps other guests away from there, but not the \
+             host's own kernel",
             "for guests that do not trust each other: echo off > /sys/devices/system/cpu/smt/control",
         ),
         Some(_) => ok("smt", "no two processors share a core"),

@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use shoal_jailer::{
-    Executable, Exit, HandOver, IdRange, Ids, Jail, JailId, JailSpec, Jailer, JailerConfig, KillLog, Mode,
-    Rlimits, cgroup,
+    CoreScheduling, Executable, Exit, HandOver, IdRange, Ids, Jail, JailId, JailSpec, Jailer, JailerConfig,
+    KillLog, Mode, Rlimits, cgroup,
 };
 
 use super::sweep::Sweeper;
@@ -57,9 +57,9 @@ pub struct RunArguments {
     /// How soon to be killed when the host is out of memory
     #[arg(long, value_name = "0-1000", default_value_t = 500, value_parser = clap::value_parser!(u16).range(0..=1000))]
     oom_score_adj: u16,
-    /// No other process on the other half of a core
-    #[arg(long)]
-    core_scheduling: bool,
+    /// No other process on the other half of a core: where processors share cores (auto), always (on), never (off)
+    #[arg(long, value_name = "auto|on|off", default_value_t)]
+    core_scheduling: CoreScheduling,
     /// Make no jail: for debugging only
     #[arg(long)]
     no_jail: bool,
@@ -107,6 +107,10 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         Mode::detect()
     };
     let ids = ids(arguments, mode)?;
+    let (core_scheduling, shared_cores) = match mode {
+        Mode::Off => (false, None),
+        Mode::Root | Mode::Rootless => arguments.core_scheduling.decide()?,
+    };
     // Before anything that may end this process, so that it can be undone.
     let signals = Signals::new()?;
     let jailer = Jailer::new(&JailerConfig {
@@ -117,7 +121,8 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         missing_controllers: cgroup::Missing::Refuse,
     })?;
     let kills = KillLog::open();
-    for lack in jailer.degradations().iter().chain(kills.as_ref().err()) {
+    let lacks = jailer.degradations().iter();
+    for lack in lacks.chain(kills.as_ref().err()).chain(&shared_cores) {
         eprintln!("shoal-jailer: warning: {lack}");
     }
     let sweeper = arguments
@@ -127,7 +132,8 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode> {
         .transpose()?;
     let (output, written) = io::pipe().context("making a pipe")?;
     let (errors, written_errors) = io::pipe().context("making a pipe")?;
-    let jail = start(arguments, &jailer, ids, written.as_fd(), written_errors.as_fd())?;
+    let outputs = [written.as_fd(), written_errors.as_fd()];
+    let jail = start(arguments, &jailer, ids, core_scheduling, outputs)?;
     drop((written, written_errors));
     for lack in &jail.degradations {
         eprintln!("shoal-jailer: warning: {lack}");
@@ -157,8 +163,8 @@ fn start(
     arguments: &RunArguments,
     jailer: &Jailer,
     ids: Ids,
-    output: BorrowedFd<'_>,
-    errors: BorrowedFd<'_>,
+    core_scheduling: bool,
+    [output, errors]: [BorrowedFd<'_>; 2],
 ) -> Result<Jail> {
     let program = PathBuf::from(&arguments.program[0]);
     let program = Executable::from_path(&program)?;
@@ -204,7 +210,7 @@ fn start(
             ..Rlimits::default()
         },
         oom_score_adj: Some(arguments.oom_score_adj),
-        core_scheduling: arguments.core_scheduling,
+        core_scheduling,
         die_with_parent: true,
     };
     Ok(jailer.spawn(&program, &spec)?)

@@ -145,20 +145,22 @@ pub fn spawn(
     fds: &[HandOver<'_>],
     limits: &cgroup::Limits,
 ) -> Result<Jail, JailError> {
+    let spec = JailSpec {
+        id: &"test".parse().unwrap(),
+        ids: Ids::new(uid, uid).unwrap(),
+        argv: &words(arguments),
+        fds,
+        limits,
+        rlimits: Rlimits::default(),
+        oom_score_adj: Some(345),
+        core_scheduling: false,
+        die_with_parent: false,
+    };
+    jailer.spawn(program, &spec)
+}
+
+/// The arguments of `shoal-escape`.
+pub fn words(arguments: &[&str]) -> Vec<CString> {
     let words = ["shoal-escape"].iter().chain(arguments);
-    let argv: Vec<CString> = words.map(|word| CString::new(*word).unwrap()).collect();
-    jailer.spawn(
-        program,
-        &JailSpec {
-            id: &"test".parse().unwrap(),
-            ids: Ids::new(uid, uid).unwrap(),
-            argv: &argv,
-            fds,
-            limits,
-            rlimits: Rlimits::default(),
-            oom_score_adj: Some(345),
-            core_scheduling: false,
-            die_with_parent: false,
-        },
-    )
+    words.map(|word| CString::new(*word).unwrap()).collect()
 }
