@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::peers::PeerArg;
 use crate::results::{Measured, ResultFile};
 use crate::signal::interrupted;
-use crate::{boot, density, linux, report};
+use crate::{api, boot, density, linux, report};
 
 /// What `all` runs, and where its results go.
 #[derive(clap::Args)]
@@ -132,6 +132,11 @@ const BENCHES: &[Bench] = &[
                 Measured::BootLinux(linux::here(&Ours::Image.resolve()?, 20)?),
             ))
         },
+    },
+    Bench {
+        name: "api",
+        needs: &[Need::Kvm],
+        run: |_| Ok((api::PROBE, Measured::Api(api::probe(&api::ApiArgs::default())?))),
     },
     Bench {
         name: "density-probe",

@@ -61,6 +61,14 @@ pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
             ("Memory per idle guest".into(), "MB", density.host_mb_per_guest),
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),
         ],
+        Measured::Api(api) => {
+            let most = api.points.last();
+            let calls = most.iter().flat_map(|p| p.calls.iter().map(|c| (p.guests, c)));
+            let start = calls.filter(|(_, c)| c.name == "POST start");
+            start
+                .map(|(guests, c)| (format!("API: start, {guests} guests running"), "ms", c.median_ms))
+                .collect()
+        }
     }
 }
 

@@ -4,10 +4,13 @@
 #![deny(unsafe_code)]
 
 mod all;
+mod api;
 mod boot;
+mod daemon;
 mod density;
 mod driver;
 mod gate;
+mod hdr;
 mod history;
 mod lab;
 mod linux;
@@ -46,6 +49,8 @@ enum Command {
     Boot(BootArgs),
     /// Host memory per idle guest, and start latency against the number that runs
     Density(DensityArgs),
+    /// Latency of each call of the API, against the number of guests that run
+    Api(ApiArgs),
     /// Every benchmark that can run here, and the report
     All(all::AllArgs),
     /// Measures what each baseline file holds again, and fails when a figure grew by more than the file tolerates
@@ -108,6 +113,21 @@ struct DensityArgs {
 }
 
 #[derive(clap::Args)]
+#[command(group(clap::ArgGroup::new("api_place").required(true).args(["probe", "lab"])))]
+struct ApiArgs {
+    /// With probe guests on this machine's /dev/kvm
+    #[arg(long)]
+    probe: bool,
+    /// The same in the lab, where time is counted in instructions
+    #[arg(long)]
+    lab: bool,
+    #[command(flatten)]
+    api: api::ApiArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
 struct CheckArgs {
     /// Baselines, as perf-tests/baselines holds them
     #[arg(required = true, value_name = "BASELINE")]
@@ -139,6 +159,7 @@ fn main() -> anyhow::Result<()> {
     match command {
         Command::Boot(args) => measure_boot(args),
         Command::Density(args) => measure_density(&args),
+        Command::Api(args) => measure_api(&args),
         Command::Report(args) => {
             report::write(&args.results, &args.history, &args.output, args.svg.as_deref())
         }
@@ -177,6 +198,18 @@ fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
     if let Some(why) = short {
         anyhow::bail!("fewer guests than asked for: {why}");
     }
+    anyhow::ensure!(!leaks, "something was left behind: see the result");
+    Ok(())
+}
+
+fn measure_api(args: &ApiArgs) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    let (method, api) = match args.lab {
+        true => (api::LAB, api::lab(&args.api)?),
+        false => (api::PROBE, api::probe(&args.api)?),
+    };
+    let leaks = api.leaks != daemon::Census::default();
+    deliver(method, machine, Measured::Api(api), &args.out)?;
     anyhow::ensure!(!leaks, "something was left behind: see the result");
     Ok(())
 }

@@ -278,12 +278,7 @@ pub fn cdf(title: &str, series: &[(&str, &[f64])]) -> Plot {
     );
     let y = Axis::linear(100.0, (bottom, top));
     draw_x(&mut plot, &x, (top, bottom), "ms (logarithmic)");
-    draw_y(
-        &mut plot,
-        &y,
-        (left, right),
-        "% of starts that took at most this long",
-    );
+    draw_y(&mut plot, &y, (left, right), "% that took at most this long");
     for (i, (_, samples)) in series.iter().enumerate() {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);

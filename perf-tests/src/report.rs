@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::api::Api;
+use crate::daemon::Census;
 use crate::gate::durations;
 use crate::history;
 use crate::machine::Machine;
@@ -133,6 +135,7 @@ fn section(path: &Path, result: &ResultFile) -> Section {
         Measured::BootProbe(boot) => probe_boot(boot),
         Measured::BootLinux(boot) => linux_boot(boot),
         Measured::Density(density) => density_run(density),
+        Measured::Api(api) => api_calls(api),
     };
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let mut html = format!(
@@ -333,6 +336,64 @@ fn density_run(d: &Density) -> Part {
         ),
     ];
     ("Density".into(), html, plots)
+}
+
+fn api_calls(api: &Api) -> Part {
+    let jailed = if api.jailed { "jailed" } else { "not jailed" };
+    let mut html = format!("<p>Guests {jailed}. Milliseconds.</p>\n");
+    for point in &api.points {
+        let head = format!(
+            "<table><tr><th>with {} guests running<th class=n>median<th class=n>p90<th class=n>p99<th class=n>longest</tr>",
+            point.guests
+        );
+        line(&mut html, &head);
+        for c in &point.calls {
+            let figures = [c.median_ms, c.p90_ms, c.p99_ms, c.max_ms];
+            let figures = figures.map(|f| format!("<td class=n>{}", short(f))).concat();
+            line(&mut html, &format!("<tr><td>{}{figures}</tr>", escape(&c.name)));
+        }
+        line(&mut html, "</table>");
+    }
+    html.push_str(&leaks(&api.leaks));
+    let names: Vec<&str> = api
+        .points
+        .iter()
+        .flat_map(|p| &p.calls)
+        .map(|c| c.name.as_str())
+        .collect();
+    let mut curves: Vec<(&str, Vec<(f64, f64)>)> = Vec::new();
+    for name in names {
+        if !curves.iter().any(|c| c.0 == name) {
+            let points = api.points.iter().filter_map(|p| {
+                let call = p.calls.iter().find(|c| c.name == name)?;
+                Some((f64::from(p.guests), call.median_ms))
+            });
+            curves.push((name, points.collect()));
+        }
+    }
+    let mut plots = vec![(
+        "calls",
+        plot::over_guests("Median latency of calls against guests", "ms", &curves, false),
+    )];
+    if let Some(last) = api.points.last() {
+        let series: Vec<(&str, &[f64])> = last
+            .calls
+            .iter()
+            .map(|c| (c.name.as_str(), c.samples_ms.as_slice()))
+            .collect();
+        let title = format!("Latency of calls with {} guests, distribution", last.guests);
+        plots.push(("distribution", plot::cdf(&title, &series)));
+    }
+    ("Calls of the API".into(), html, plots)
+}
+
+/// What was left behind, in a sentence.
+fn leaks(census: &Census) -> String {
+    let rows = census.rows().map(|(name, n)| format!("{n} {name}"));
+    format!(
+        "<p>Left behind when all guests had been deleted: {}.</p>\n",
+        rows.join(", ")
+    )
 }
 
 /// A count without a point, another figure with three digits.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::api::Api;
 use crate::machine::Machine;
 use crate::stats::{median, quantile, ratio_interval};
 
@@ -89,6 +90,8 @@ pub enum Measured {
     BootLinux(LinuxBoot),
     /// `density --probe`.
     Density(Density),
+    /// `api`.
+    Api(Api),
 }
 
 /// Boots of the probe guest by several programs, in turns. Times in ms.
@@ -132,6 +135,9 @@ pub struct Subject {
     pub ratio_interval: (f64, f64),
     /// All samples, in the order of the turns.
     pub samples_ms: Vec<f64>,
+    /// The same as an HDR histogram of nanoseconds (V2, compressed, base64).
+    #[serde(default)]
+    pub hdr_ns: String,
 }
 
 impl Subject {
@@ -148,6 +154,7 @@ impl Subject {
                 median(&samples_ms) / median(shoal)
             },
             ratio_interval: ratio_interval(&samples_ms, shoal),
+            hdr_ns: crate::hdr::histogram(&samples_ms),
             samples_ms,
         }
     }
@@ -307,6 +314,7 @@ impl ResultFile {
             Measured::BootProbe(boot) => boot.check(),
             Measured::BootLinux(boot) => boot.check(),
             Measured::Density(density) => density.check(),
+            Measured::Api(api) => api.check(),
         }
     }
 
@@ -319,6 +327,7 @@ impl ResultFile {
                 Measured::BootProbe(boot) => crate::boot::print(boot),
                 Measured::BootLinux(boot) => crate::linux::print(&self.method, boot),
                 Measured::Density(density) => crate::density::print(density),
+                Measured::Api(api) => crate::api::print(api),
             }
             if self.interrupted {
                 println!("  interrupted: these are the figures up to then");
@@ -340,28 +349,32 @@ fn at_end(bytes: &[u8], e: &serde_json::Error) -> bool {
     e.is_syntax() && lines.next().is_none() && last.is_some_and(|l| e.column() >= l.len())
 }
 
-fn text(what: &str, text: &str) -> Result<(), String> {
+/// Refuses text that is too long.
+pub fn text(what: &str, text: &str) -> Result<(), String> {
     match text.len() <= MAX_TEXT {
         true => Ok(()),
         false => Err(format!("{what} has {} bytes of text", text.len())),
     }
 }
 
-fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
+/// Refuses more of something than there can be.
+pub fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
     match n <= most {
         true => Ok(()),
         false => Err(format!("{n} {what}, more than {most}")),
     }
 }
 
-fn figure(what: &str, value: f64) -> Result<(), String> {
+/// Refuses a figure that cannot be.
+pub fn figure(what: &str, value: f64) -> Result<(), String> {
     match (0.0..=MAX_FIGURE).contains(&value) {
         true => Ok(()),
         false => Err(format!("{what} is {value}")),
     }
 }
 
-fn samples(what: &str, all: &[f64]) -> Result<(), String> {
+/// Refuses samples that cannot be.
+pub fn samples(what: &str, all: &[f64]) -> Result<(), String> {
     count(what, all.len(), MAX_SAMPLES)?;
     all.iter().try_for_each(|&s| figure(what, s))
 }
