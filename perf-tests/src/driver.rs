@@ -280,7 +280,8 @@ impl Ends for Jailed {
     }
 }
 
-fn spawn_plain(vmm: &Path, control: &OwnedFd) -> Result<Reaped> {
+/// Starts `vmm` as any program, with the control socket `control`.
+pub fn spawn_plain(vmm: &Path, control: &OwnedFd) -> Result<Reaped> {
     let mut command = Command::new(vmm);
     command
         .args(["--guest-id", "perf", "--control-fd"])
@@ -345,7 +346,7 @@ fn read_until(from: &mut impl Read, marker: &[u8]) -> Result<Seen> {
 }
 
 /// Takes the VMM's answer to the start request.
-fn answer(host: &HostChannel) -> Result<Timeline> {
+pub fn answer(host: &HostChannel) -> Result<Timeline> {
     let (message, _) = host.recv().context("the VMM's answer to the start request")?;
     let Message::Reply(reply) = message else {
         bail!("the VMM told an event before its answer")
@@ -356,7 +357,8 @@ fn answer(host: &HostChannel) -> Result<Timeline> {
     }
 }
 
-fn config(guest: &Guest) -> VmConfig {
+/// A machine without devices: descriptor 0 is /dev/kvm, 1 the kernel, 2 the console, 3 the initial RAM disk.
+pub fn config(guest: &Guest) -> VmConfig {
     VmConfig {
         guest_id: "perf".into(),
         kvm: FdSlot(0),
@@ -382,7 +384,7 @@ fn config(guest: &Guest) -> VmConfig {
 
 /// A seqpacket pair; the second end stays open across exec.
 #[allow(unsafe_code)]
-fn control_pair() -> Result<(HostChannel, OwnedFd)> {
+pub fn control_pair() -> Result<(HostChannel, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: socketpair writes two descriptors into the array.
     let r = unsafe {

@@ -12,6 +12,7 @@ mod driver;
 mod gate;
 mod hdr;
 mod history;
+mod io;
 mod lab;
 mod linux;
 mod machine;
@@ -49,6 +50,12 @@ enum Command {
     Boot(BootArgs),
     /// Host memory per idle guest, and start latency against the number that runs
     Density(DensityArgs),
+    /// Requests per second of a disk, and what each costs the host, with a bare-metal guest on this machine's /dev/kvm
+    Block(BlockArgs),
+    /// Frames per second of a network interface each way, their latency, and what each costs the host
+    Net(NetArgs),
+    /// Throughput and latency of a stream between guest and host
+    Vsock(VsockArgs),
     /// Latency of each call of the API, against the number of guests that run
     Api(ApiArgs),
     /// Every benchmark that can run here, and the report
@@ -113,6 +120,25 @@ struct DensityArgs {
 }
 
 #[derive(clap::Args)]
+struct BlockArgs {
+    #[command(flatten)]
+    block: io::block::BlockArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
+struct NetArgs {
+    #[command(flatten)]
+    net: io::net::NetArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
+struct VsockArgs {
+    #[command(flatten)]
+    vsock: io::vsock::VsockArgs,
 #[command(group(clap::ArgGroup::new("api_place").required(true).args(["probe", "lab"])))]
 struct ApiArgs {
     /// With probe guests on this machine's /dev/kvm
@@ -159,6 +185,9 @@ fn main() -> anyhow::Result<()> {
     match command {
         Command::Boot(args) => measure_boot(args),
         Command::Density(args) => measure_density(&args),
+        Command::Block(args) => measure_io(|| io::block::measure(&args.block), &args.out),
+        Command::Net(args) => measure_io(|| io::net::measure(&args.net), &args.out),
+        Command::Vsock(args) => measure_io(|| io::vsock::measure(&args.vsock), &args.out),
         Command::Api(args) => measure_api(&args),
         Command::Report(args) => {
             report::write(&args.results, &args.history, &args.output, args.svg.as_deref())
@@ -182,6 +211,14 @@ fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
         }
     };
     deliver(method, machine, measured, &args.out)
+}
+
+fn measure_io(
+    measure: impl FnOnce() -> anyhow::Result<io::results::IoResult>,
+    out: &OutArgs,
+) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    deliver(io::METHOD, machine, Measured::Io(measure()?), out)
 }
 
 fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::io::{Read, Seek, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -50,6 +50,13 @@ impl Sort {
 pub struct PeerArg {
     sort: Sort,
     path: PathBuf,
+}
+
+impl PeerArg {
+    /// The program, if it is QEMU.
+    pub fn qemu(&self) -> Option<&Path> {
+        (self.sort == Sort::Qemu).then_some(&self.path)
+    }
 }
 
 impl FromStr for PeerArg {

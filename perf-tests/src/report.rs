@@ -135,6 +135,7 @@ fn section(path: &Path, result: &ResultFile) -> Section {
         Measured::BootProbe(boot) => probe_boot(boot),
         Measured::BootLinux(boot) => linux_boot(boot),
         Measured::Density(density) => density_run(density),
+        Measured::Io(io) => crate::io::report::section(io),
         Measured::Api(api) => api_calls(api),
     };
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::io::results::IoResult;
 use crate::api::Api;
 use crate::machine::Machine;
 use crate::stats::{median, quantile, ratio_interval};
@@ -16,7 +17,7 @@ pub const SCHEMA: u32 = 1;
 /// A larger file is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
 const MAX_SAMPLES: usize = 100_000;
-const MAX_SUBJECTS: usize = 64;
+pub const MAX_SUBJECTS: usize = 64;
 const MAX_TEXT: usize = 4096;
 /// No figure of ours is larger: 10^9 ms are eleven days.
 const MAX_FIGURE: f64 = 1e9;
@@ -90,6 +91,8 @@ pub enum Measured {
     BootLinux(LinuxBoot),
     /// `density --probe`.
     Density(Density),
+    /// `block`, `net`, `vsock`.
+    Io(IoResult),
     /// `api`.
     Api(Api),
 }
@@ -314,6 +317,7 @@ impl ResultFile {
             Measured::BootProbe(boot) => boot.check(),
             Measured::BootLinux(boot) => boot.check(),
             Measured::Density(density) => density.check(),
+            Measured::Io(io) => io.check(),
             Measured::Api(api) => api.check(),
         }
     }
@@ -327,6 +331,7 @@ impl ResultFile {
                 Measured::BootProbe(boot) => crate::boot::print(boot),
                 Measured::BootLinux(boot) => crate::linux::print(&self.method, boot),
                 Measured::Density(density) => crate::density::print(density),
+                Measured::Io(result) => crate::io::print(result),
                 Measured::Api(api) => crate::api::print(api),
             }
             if self.interrupted {
@@ -349,6 +354,7 @@ fn at_end(bytes: &[u8], e: &serde_json::Error) -> bool {
     e.is_syntax() && lines.next().is_none() && last.is_some_and(|l| e.column() >= l.len())
 }
 
+pub(crate) fn text(what: &str, text: &str) -> Result<(), String> {
 /// Refuses text that is too long.
 pub fn text(what: &str, text: &str) -> Result<(), String> {
     match text.len() <= MAX_TEXT {
@@ -357,6 +363,7 @@ pub fn text(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
+pub(crate) fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
 /// Refuses more of something than there can be.
 pub fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
     match n <= most {
@@ -365,6 +372,7 @@ pub fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
     }
 }
 
+pub(crate) fn figure(what: &str, value: f64) -> Result<(), String> {
 /// Refuses a figure that cannot be.
 pub fn figure(what: &str, value: f64) -> Result<(), String> {
     match (0.0..=MAX_FIGURE).contains(&value) {
@@ -373,6 +381,7 @@ pub fn figure(what: &str, value: f64) -> Result<(), String> {
     }
 }
 
+pub(crate) fn samples(what: &str, all: &[f64]) -> Result<(), String> {
 /// Refuses samples that cannot be.
 pub fn samples(what: &str, all: &[f64]) -> Result<(), String> {
     count(what, all.len(), MAX_SAMPLES)?;

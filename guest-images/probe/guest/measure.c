@@ -45,7 +45,8 @@ static u64 latency_at(u64 per_mille)
     for (u64 i = 0; i < BUCKETS; i++) {
         if (left < latencies[i]) {
             u64 shift = i >> (SUB_BITS + 1) ? (i >> SUB_BITS) - 1 : 0;
-            return ((i - (shift << SUB_BITS)) << shift) + ((1ul << shift) >> 1);
+            u64 middle = ((i - (shift << SUB_BITS)) << shift) + ((1ul << shift) >> 1);
+            return middle < latency_max ? middle : latency_max;
         }
         left -= latencies[i];
     }

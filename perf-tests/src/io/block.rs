@@ -1,0 +1,205 @@
+//! A disk over a file in the page cache.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use shoal_devices::spec::AnyDeviceSpec;
+use shoal_devices::virtio::block::{BlockSpec, EngineKind};
+use tempfile::NamedTempFile;
+
+use super::results::IoResult;
+use super::watch::Vmm;
+use super::{Contender, IoArgs, Pattern, qemu, qemus, result, shoal, take_turns};
+
+/// What `block` measures.
+#[derive(clap::Args)]
+pub struct BlockArgs {
+    #[command(flatten)]
+    io: IoArgs,
+    /// What the guest does (repeatable) [default: rand-read, rand-write, read]
+    #[arg(long = "pattern", value_enum)]
+    patterns: Vec<Access>,
+    /// Bytes of each request
+    #[arg(long, default_value_t = 4096, value_parser = size)]
+    size: u64,
+    /// Requests in flight
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=64))]
+    depth: u64,
+    /// Size of the disk (MiB): its file is written anew, and stays in the page cache
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    disk_mib: u64,
+}
+
+/// The guest has 6 MiB of buffers.
+const BUFFERS: u64 = 6 << 20;
+const SECTOR: u64 = 512;
+
+fn size(text: &str) -> Result<u64, String> {
+    let n: u64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    match n > 0 && n.is_multiple_of(SECTOR) && n <= 1 << 20 {
+        true => Ok(n),
+        false => Err(format!("{n} is no multiple of {SECTOR} up to 1 MiB")),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Access {
+    RandRead,
+    RandWrite,
+    Read,
+    Write,
+    Flush,
+}
+
+impl Access {
+    /// The guest's word, what people call it, and operations for some tenths of a second.
+    fn describe(self) -> (&'static str, &'static str, u64) {
+        match self {
+            Self::RandRead => ("randread", "random reads", 150_000),
+            Self::RandWrite => ("randwrite", "random writes", 100_000),
+            Self::Read => ("read", "reads in order", 150_000),
+            Self::Write => ("write", "writes in order", 100_000),
+            Self::Flush => ("flush", "flushes", 20_000),
+        }
+    }
+
+    fn pattern(self, args: &BlockArgs) -> Pattern {
+        let (word, name, ops) = self.describe();
+        let (size, depth) = (args.size, args.depth);
+        let (name, bytes) = match self {
+            Self::Flush => (name.to_owned(), 0),
+            _ => (format!("{} {name}", bytes(size)), size),
+        };
+        Pattern {
+            name: format!("{name}, {depth} in flight"),
+            what: "block",
+            words: format!("depth={depth} size={size} block={word}"),
+            bytes_per_op: bytes,
+            ops: (ops * 4096 / size.max(4096)).max(1000),
+        }
+    }
+}
+
+/// As people write it.
+fn bytes(n: u64) -> String {
+    match n {
+        _ if n.is_multiple_of(1 << 20) => format!("{} MiB", n >> 20),
+        _ if n.is_multiple_of(1 << 10) => format!("{} KiB", n >> 10),
+        _ => format!("{n} B"),
+    }
+}
+
+/// Runs the patterns one after the other.
+pub fn measure(args: &BlockArgs) -> Result<IoResult> {
+    anyhow::ensure!(
+        args.size * args.depth <= BUFFERS,
+        "{} requests of {} bytes are more than the guest's {} MiB of buffers: take a smaller --depth or --size",
+        args.depth,
+        args.size,
+        BUFFERS >> 20
+    );
+    let disk = disk(args.disk_mib << 20)?;
+    let (starter, qemus) = (shoal::Starter::new()?, qemus(&args.io));
+    let default = [Access::RandRead, Access::RandWrite, Access::Read];
+    let patterns = match args.patterns[..] {
+        [] => &default,
+        _ => &args.patterns[..],
+    };
+    let parts = patterns.iter().map(|access| {
+        let mut all = vec![
+            ours("shoal, sync", &starter, EngineKind::Sync, &disk),
+            ours("shoal, io_uring", &starter, EngineKind::IoUring, &disk),
+        ];
+        all.extend(
+            qemus
+                .iter()
+                .flat_map(|q| ["threads", "io_uring"].map(|aio| theirs(q, aio, &disk))),
+        );
+        take_turns(&access.pattern(args), &args.io, all)
+    });
+    result("block", parts)
+}
+
+/// A file in the page cache that holds the guest's pattern (guest-images/probe/guest/block.c).
+fn disk(size: u64) -> Result<NamedTempFile> {
+    let making = || format!("writing a disk of {} MiB to the folder for temporary files", size >> 20);
+    let file = NamedTempFile::new().with_context(making)?;
+    let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
+    for n in 1..=size / 8 {
+        out.write_all(&n.wrapping_mul(PATTERN).to_le_bytes()).with_context(making)?;
+    }
+    out.flush().with_context(making)?;
+    drop(out);
+    // Nothing is written back while it is measured.
+    file.as_file().sync_all().with_context(making)?;
+    Ok(file)
+}
+
+const PATTERN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn ours<'a>(
+    name: &str,
+    starter: &'a shoal::Starter,
+    engine: EngineKind,
+    disk: &'a NamedTempFile,
+) -> Contender<'a> {
+    Contender::new(name, "", move |words| {
+        let file = File::options().read(true).write(true).open(disk.path())?;
+        let spec = AnyDeviceSpec::Block(BlockSpec {
+            id: "perf".into(),
+            fd: shoal::slot(0),
+            read_only: false,
+            engine,
+        });
+        let vmm = starter.start(words, vec![spec], &[OwnedFd::from(file)])?;
+        Ok(Box::new(vmm) as Box<dyn Vmm>)
+    })
+}
+
+/// docs/devel/multiple-iothreads.txt, docs/system/qemu-block-drivers: a thread of its own for the disk; the page cache used
+/// as it is here (`cache=writeback`), for which `aio` is `threads` or `io_uring`: `native` needs O_DIRECT.
+fn theirs<'a>(qemu: &'a qemu::Starter, aio: &'static str, disk: &'a NamedTempFile) -> Contender<'a> {
+    let name = format!("qemu microvm, aio={aio}");
+    Contender::new(&name, qemu.version(), move |words| {
+        let mut drive = OsString::from("if=none,id=disk,format=raw,cache=writeback,aio=");
+        drive.push(aio);
+        drive.push(",file=");
+        drive.push(disk.path());
+        let arguments = [
+            "-object".into(),
+            "iothread,id=io0".into(),
+            "-drive".into(),
+            drive,
+            "-device".into(),
+            "virtio-blk-device,drive=disk,iothread=io0".into(),
+        ];
+        Ok(Box::new(qemu.start(words, &arguments)?) as Box<dyn Vmm>)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_checked() {
+        assert_eq!(size("4096"), Ok(4096));
+        for bad in ["0", "100", "1049088", "", "-1", "4k"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+        assert_eq!([512, 4096, 3 << 20].map(bytes), ["512 B", "4 KiB", "3 MiB"]);
+    }
+
+    #[test]
+    fn the_disk_holds_the_pattern() {
+        let disk = disk(1 << 20).unwrap();
+        let content = std::fs::read(disk.path()).unwrap();
+        assert_eq!(content.len(), 1 << 20);
+        assert_eq!(content[..8], PATTERN.to_le_bytes());
+        assert_eq!(content[4096..4104], 513_u64.wrapping_mul(PATTERN).to_le_bytes());
+    }
+}

@@ -1,0 +1,126 @@
+//! I/O results on the report's page.
+
+use std::fmt::Write;
+
+use super::results::{IoPart, IoResult, IoSubject};
+use crate::plot::{self, Plot, Ratio, escape, short};
+
+/// File names of the plots, one for each part; further parts get none.
+const PLOTS: [&str; 6] = ["io-1", "io-2", "io-3", "io-4", "io-5", "io-6"];
+
+/// The title, the figures and the plots.
+pub fn section(io: &IoResult) -> (String, String, Vec<(&'static str, Plot)>) {
+    let title = match io.device.as_str() {
+        "block" => "A disk: requests per second, and what one costs",
+        "net" => "A network: frames per second, and what one costs",
+        _ => "Sockets between guest and host",
+    };
+    let html = io.parts.iter().map(part).collect();
+    let plots = PLOTS
+        .into_iter()
+        .zip(&io.parts)
+        .filter(|(_, part)| part.subjects.len() > 1)
+        .map(|(name, part)| (name, bars(part)))
+        .collect();
+    (title.into(), html, plots)
+}
+
+fn bars(part: &IoPart) -> Plot {
+    let all: Vec<Ratio<'_>> = part
+        .subjects
+        .iter()
+        .map(|s| Ratio {
+            name: &s.name,
+            ratio: s.first_is_faster_by,
+            interval: s.interval,
+        })
+        .collect();
+    plot::ratios(&part.name, "× as many operations per second by the first", &all)
+}
+
+fn part(part: &IoPart) -> String {
+    let mut html = format!(
+        "<h3>{}</h3>\n<p>Medians of {} runs of {} operations.</p>\n<table><tr><th>by<th class=n>operations/s\
+         <th class=n>MB/s<th class=n>first is faster by<th>95 % interval<th class=n>device CPU, µs<th class=n>all CPU, µs\
+         <th class=n>system calls<th class=n>exits<th class=n>kicks</tr>\n",
+        escape(&part.name),
+        part.turns,
+        part.ops
+    );
+    for s in &part.subjects {
+        row(&mut html, part, s);
+    }
+    html.push_str("</table>\n<p class=dim>CPU, system calls, exits and notifications are for one operation.</p>\n");
+    if part.subjects.iter().any(|s| s.latency_us.is_some()) {
+        latencies(&mut html, part);
+    }
+    html
+}
+
+fn row(html: &mut String, part: &IoPart, s: &IoSubject) {
+    let figure = |n: f64| format!("<td class=n>{}", short(n));
+    let optional = |n: Option<f64>| n.map_or_else(|| "<td class=n>–".to_owned(), figure);
+    let (low, high) = s.interval;
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        html,
+        "<tr><td>{} {}{}{}{}<td>{} to {}{}{}{}{}{}</tr>",
+        escape(&s.name),
+        escape(&s.version),
+        figure(s.ops_per_s),
+        figure(s.ops_per_s * part.bytes_per_op as f64 / 1e6),
+        figure(s.first_is_faster_by),
+        short(low),
+        short(high),
+        figure(s.device_cpu_us_per_op),
+        figure(s.all_cpu_us_per_op),
+        optional(s.system_calls_per_op),
+        optional(s.exits_per_op),
+        figure(s.kicks_per_op)
+    );
+}
+
+fn latencies(html: &mut String, part: &IoPart) {
+    html.push_str(
+        "<table><tr><th>latency, µs<th class=n>median<th class=n>90 %<th class=n>99 %<th class=n>99.9 %<th class=n>longest\
+         </tr>\n",
+    );
+    for (s, l) in part.subjects.iter().filter_map(|s| Some((s, s.latency_us?))) {
+        let figures = [l.p50, l.p90, l.p99, l.p999, l.max].map(|n| format!("<td class=n>{}", short(n)));
+        let _ = writeln!(html, "<tr><td>{}{}</tr>", escape(&s.name), figures.concat());
+    }
+    html.push_str("</table>\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lines::Latency;
+    use super::super::watch::Run;
+    use super::*;
+
+    #[test]
+    fn names_are_escaped_and_every_subject_has_a_row() {
+        let run = Run {
+            ops: 10,
+            seconds: 1.0,
+            latency: Some(Latency::default()),
+            ..Run::default()
+        };
+        let runs = [run];
+        let subjects = ["shoal", "<qemu>"].map(|name| IoSubject::new(name, "", &runs, &runs, None));
+        let io = IoResult {
+            device: "block".into(),
+            parts: vec![IoPart {
+                name: "reads".into(),
+                bytes_per_op: 4096,
+                ops: 10,
+                turns: 1,
+                subjects: subjects.into(),
+            }],
+        };
+        io.check().unwrap();
+        let (_, html, plots) = section(&io);
+        assert_eq!((html.matches("&lt;qemu&gt;").count(), plots.len()), (2, 1));
+        assert!(!html.contains("<qemu>"));
+    }
+}

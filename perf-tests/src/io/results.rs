@@ -1,0 +1,154 @@
+//! Results of the I/O benchmarks.
+
+use serde::{Deserialize, Serialize};
+
+use super::lines::Latency;
+use super::watch::{Counts, Run};
+use crate::results::{MAX_SUBJECTS, count, figure, samples, text};
+use crate::stats::{median, ratio_interval};
+
+/// What `block`, `net` and `vsock` measure: one part for each pattern.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct IoResult {
+    /// `block`, `net`, `vsock`.
+    pub device: String,
+    /// Its patterns.
+    pub parts: Vec<IoPart>,
+}
+
+/// One pattern, by several programs in turns.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct IoPart {
+    /// What was done, as `4 KiB random reads, 32 in flight`.
+    pub name: String,
+    /// Bytes of data in each operation.
+    pub bytes_per_op: u64,
+    /// Operations in each run.
+    pub ops: u64,
+    /// Turns that counted.
+    pub turns: u32,
+    /// Shoal first.
+    pub subjects: Vec<IoSubject>,
+}
+
+/// One program in a comparison. Medians over the turns.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct IoSubject {
+    /// Its name.
+    pub name: String,
+    /// What it says of its version; empty for our own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// Operations in one second of the guest's clock.
+    pub ops_per_s: f64,
+    /// The first subject's operations per second ÷ this one's: above 1, the first is faster.
+    pub first_is_faster_by: f64,
+    /// The 95 % confidence interval of that ratio.
+    pub interval: (f64, f64),
+    /// Processor time of the VMM's threads but the vCPU's, for one operation (µs).
+    pub device_cpu_us_per_op: f64,
+    /// Processor time of all of the VMM's threads for one operation (µs): the guest's own, which polls, included.
+    pub all_cpu_us_per_op: f64,
+    /// Notifications that the guest wrote, for one operation.
+    pub kicks_per_op: f64,
+    /// System calls of the VMM for one operation, in a run apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_calls_per_op: Option<f64>,
+    /// Exits of the vCPU for one operation, in that run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits_per_op: Option<f64>,
+    /// Of single operations (µs): medians of each run's figure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_us: Option<Latency>,
+    /// Lost on the way, of all that were sent (percent).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lost_percent: f64,
+    /// Operations per second of each run, in the order of the turns.
+    pub samples_ops_per_s: Vec<f64>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's way to call it
+fn is_zero(n: &f64) -> bool {
+    *n == 0.0
+}
+
+impl IoSubject {
+    /// From its runs and those of the first subject in the same turns; `counted` is the run in which was counted.
+    pub fn new(name: &str, version: &str, runs: &[Run], first: &[Run], counted: Option<&Run>) -> Self {
+        let of = |f: &dyn Fn(&Run) -> f64| median(&runs.iter().map(f).collect::<Vec<_>>());
+        let rates = |runs: &[Run]| runs.iter().map(Run::rate).collect::<Vec<_>>();
+        let (own, others) = (rates(runs), rates(first));
+        let per_op = |pick: &dyn Fn(&Counts) -> Option<u64>| {
+            let run = counted?;
+            Some(pick(&run.counts)? as f64 / run.ops as f64)
+        };
+        let latency = |pick: &dyn Fn(&Latency) -> f64| of(&|r| r.latency.as_ref().map_or(0.0, pick));
+        Self {
+            name: name.into(),
+            version: version.into(),
+            ops_per_s: median(&own),
+            first_is_faster_by: match own.is_empty() {
+                true => 0.0,
+                false => median(&others) / median(&own),
+            },
+            interval: ratio_interval(&others, &own),
+            device_cpu_us_per_op: of(&|r| r.cpu.devices_ns as f64 / 1e3 / r.ops as f64),
+            all_cpu_us_per_op: of(&|r| (r.cpu.devices_ns + r.cpu.vcpu_ns) as f64 / 1e3 / r.ops as f64),
+            kicks_per_op: of(&|r| r.kicks as f64 / r.ops as f64),
+            system_calls_per_op: per_op(&|c| c.system_calls),
+            exits_per_op: per_op(&|c| c.exits),
+            latency_us: runs.first().and_then(|r| r.latency).map(|_| Latency {
+                p50: latency(&|l| l.p50),
+                p90: latency(&|l| l.p90),
+                p99: latency(&|l| l.p99),
+                p999: latency(&|l| l.p999),
+                max: latency(&|l| l.max),
+            }),
+            lost_percent: of(&|r| 100.0 * r.lost as f64 / (r.lost + r.ops) as f64),
+            samples_ops_per_s: own,
+        }
+    }
+}
+
+impl IoResult {
+    /// What a file must hold to be believed.
+    pub fn check(&self) -> Result<(), String> {
+        text("device", &self.device)?;
+        count("parts", self.parts.len(), MAX_SUBJECTS)?;
+        for part in &self.parts {
+            text("a part", &part.name)?;
+            count("subjects", part.subjects.len(), MAX_SUBJECTS)?;
+            part.subjects.iter().try_for_each(IoSubject::check)?;
+        }
+        Ok(())
+    }
+}
+
+impl IoSubject {
+    fn check(&self) -> Result<(), String> {
+        text("a name", &self.name)?;
+        text("a version", &self.version)?;
+        samples("samples_ops_per_s", &self.samples_ops_per_s)?;
+        let latency = self.latency_us.unwrap_or_default();
+        for value in [
+            self.ops_per_s,
+            self.first_is_faster_by,
+            self.interval.0,
+            self.interval.1,
+            self.device_cpu_us_per_op,
+            self.all_cpu_us_per_op,
+            self.kicks_per_op,
+            self.system_calls_per_op.unwrap_or_default(),
+            self.exits_per_op.unwrap_or_default(),
+            self.lost_percent,
+            latency.p50,
+            latency.p90,
+            latency.p99,
+            latency.p999,
+            latency.max,
+        ] {
+            figure("a figure", value)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! Watches one run of the probe guest from its console: when it counts, what it prints, what its VMM uses meanwhile.
+
+use std::io::{BufRead, BufReader, Read};
+
+use anyhow::{Context, Result, bail};
+
+use super::lines::{Latency, Line, MAX_LINE, parse};
+use super::usage::{Counter, CpuMoment, CpuTime};
+
+/// A VMM with the probe guest in it, which ends when it is dropped.
+pub trait Vmm {
+    /// Its process.
+    fn pid(&self) -> u32;
+    /// The guest's console. Taken once.
+    fn console(&mut self) -> Result<Box<dyn Read + Send>>;
+    /// What the VMM said of its own when its console ended early.
+    fn last_words(&mut self) -> String;
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Run {
+    /// Operations.
+    pub ops: u64,
+    /// Time that they took by the guest's TSC.
+    pub seconds: f64,
+    /// Processor time of the VMM meanwhile.
+    pub cpu: CpuTime,
+    /// Notifications that the guest wrote.
+    pub kicks: u64,
+    /// Operations that were lost on their way (frames).
+    pub lost: u64,
+    /// Of single operations (µs).
+    pub latency: Option<Latency>,
+    /// Present when they were counted in this run.
+    pub counts: Counts,
+}
+
+/// What the kernel counted during a run. None: this machine does not let us.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// System calls of the VMM's threads.
+    pub system_calls: Option<u64>,
+    /// Exits of the vCPU out of the guest, to the kernel or further.
+    pub exits: Option<u64>,
+}
+
+impl Run {
+    /// Operations in one second.
+    pub fn rate(&self) -> f64 {
+        self.ops as f64 / self.seconds
+    }
+}
+
+/// How a run is watched.
+pub struct Watch<'a> {
+    /// The word whose operations are measured: `block`, `net`, `vsock`.
+    pub what: &'a str,
+    /// Cycles of the TSC in one second.
+    pub tsc_per_second: f64,
+    /// Count system calls and exits, which makes each a little slower.
+    pub count: bool,
+}
+
+#[derive(Default)]
+struct Counters {
+    system_calls: Option<Counter>,
+    exits: Option<Counter>,
+}
+
+impl Counters {
+    fn read(&self) -> Result<Counts> {
+        let read = |c: &Option<Counter>| c.as_ref().map(Counter::read).transpose();
+        Ok(Counts {
+            system_calls: read(&self.system_calls)?,
+            exits: read(&self.exits)?,
+        })
+    }
+}
+
+impl Watch<'_> {
+    /// Watches `vmm` until the guest is done. `listens` is called when the guest says that the host may begin its part.
+    ///
+    /// # Errors
+    /// When the guest or its VMM fails; with what they said.
+    pub fn run(&self, vmm: &mut dyn Vmm, mut listens: impl FnMut() -> Result<()>) -> Result<Run> {
+        let pid = vmm.pid();
+        let mut console = BufReader::with_capacity(64, vmm.console()?);
+        let mut run = Run::default();
+        let mut counters = Counters::default();
+        let mut before: Option<(CpuMoment, Counts)> = None;
+        let mut counted = false;
+        let mut said = String::new();
+        loop {
+            let line = read_line(&mut console)?;
+            let Some(line) = line else {
+                bail!(
+                    "the guest ended early; its console: {said:?}; the VMM: {:?}",
+                    vmm.last_words()
+                );
+            };
+            match parse(&line) {
+                Some(Line::Ready) if self.count => counters = counters_of(pid)?,
+                Some(Line::Listens) => listens()?,
+                Some(Line::Begins) => before = Some((CpuMoment::of(pid)?, counters.read()?)),
+                Some(Line::Ends) => {
+                    let (cpu, counts) = before.take().context("the guest ended what it had not begun")?;
+                    run.cpu = cpu.until(&CpuMoment::of(pid)?);
+                    run.counts = difference(counts, counters.read()?);
+                }
+                Some(Line::Count { name, count, cycles }) if name == self.what => {
+                    (run.ops, run.seconds) = (count, cycles as f64 / self.tsc_per_second);
+                    counted = true;
+                }
+                Some(Line::Count { name, count, .. }) if name == "kicks" => run.kicks = count,
+                Some(Line::Count { name, count, .. }) if name == "lost" => run.lost = count,
+                Some(Line::Latency(l)) => {
+                    run.latency = Some(l.map(|cycles| cycles / self.tsc_per_second * 1e6));
+                }
+                Some(Line::Failed(why)) => bail!("the guest says: {why}; the VMM: {:?}", vmm.last_words()),
+                Some(Line::Done) if counted => return Ok(run),
+                Some(Line::Done) => bail!("the guest measured nothing; its console: {said:?}"),
+                _ => {}
+            }
+            if said.len() < 2000 {
+                said.push_str(&line);
+                said.push('\n');
+            }
+        }
+    }
+}
+
+fn counters_of(pid: u32) -> Result<Counters> {
+    let threads = CpuMoment::of(pid)?;
+    Ok(Counters {
+        system_calls: Counter::new("raw_syscalls/sys_enter", threads.threads()),
+        exits: Counter::new("kvm/kvm_exit", threads.vcpus()),
+    })
+}
+
+fn difference(before: Counts, after: Counts) -> Counts {
+    // Not every KVM passes its tracepoint: a guest that has printed has made exits.
+    let less = |a: Option<u64>, b: Option<u64>| Some(b.filter(|&b| b > 0)?.saturating_sub(a?));
+    Counts {
+        system_calls: less(before.system_calls, after.system_calls),
+        exits: less(before.exits, after.exits),
+    }
+}
+
+/// A line without its end; none at the end of the console. A line that is too long comes in pieces.
+fn read_line(console: &mut impl BufRead) -> Result<Option<String>> {
+    let mut line = Vec::new();
+    let n = console
+        .by_ref()
+        .take(MAX_LINE as u64)
+        .read_until(b'\n', &mut line)
+        .context("reading the guest's console")?;
+    if n == 0 {
+        return Ok(None);
+    }
+    if line.last() == Some(&b'\n') {
+        line.pop();
+    }
+    Ok(Some(String::from_utf8_lossy(&line).into_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Script(Option<&'static str>);
+
+    impl Vmm for Script {
+        fn pid(&self) -> u32 {
+            std::process::id()
+        }
+
+        fn console(&mut self) -> Result<Box<dyn Read + Send>> {
+            Ok(Box::new(self.0.take().context("taken")?.as_bytes()))
+        }
+
+        fn last_words(&mut self) -> String {
+            "bye".into()
+        }
+    }
+
+    fn watch(text: &'static str) -> (Result<Run>, u32) {
+        let mut listened = 0;
+        let watch = Watch {
+            what: "block",
+            tsc_per_second: 1e6,
+            count: false,
+        };
+        let run = watch.run(&mut Script(Some(text)), || {
+            listened += 1;
+            Ok(())
+        });
+        (run, listened)
+    }
+
+    const GOOD: &str = "firmware\nprobe: ready\nprobe: listens\nprobe: begins\nprobe: ends\nprobe: block 10 in 2000000 cycles\n\
+        probe: latency p50 1 p90 2 p99 3 p999 4 max 5 cycles\nprobe: lost 1 in 2000000 cycles\nprobe: kicks 3 in 2000000 cycles\n\
+        probe: done\n";
+
+    #[test]
+    fn a_run_is_read() {
+        let (run, listened) = watch(GOOD);
+        let run = run.unwrap();
+        assert_eq!((run.ops, run.seconds, run.kicks, run.lost), (10, 2.0, 3, 1));
+        assert_eq!((run.rate(), listened), (5.0, 1));
+        assert_eq!(run.latency.unwrap().p99, 3.0);
+        assert_eq!(run.counts, Counts::default());
+    }
+
+    #[test]
+    fn what_goes_wrong_is_told() {
+        for (text, why) in [
+            ("probe: ready\n", "ended early"),
+            ("", "bye"),
+            ("probe: block error: the request failed at 0\n", "the request failed"),
+            ("probe: ends\n", "not begun"),
+            ("probe: ready\nprobe: done\n", "measured nothing"),
+        ] {
+            let error = format!("{:#}", watch(text).0.unwrap_err());
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+        let long = Box::leak(format!("{}\n{GOOD}", "x".repeat(100_000)).into_boxed_str());
+        assert_eq!(watch(long).0.unwrap().ops, 10);
+    }
+}
