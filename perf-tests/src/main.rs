@@ -139,6 +139,11 @@ struct NetArgs {
 struct VsockArgs {
     #[command(flatten)]
     vsock: io::vsock::VsockArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("api_place").required(true).args(["probe", "lab"])))]
 struct ApiArgs {
     /// With probe guests on this machine's /dev/kvm

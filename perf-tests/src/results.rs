@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::io::results::IoResult;
 use crate::api::Api;
+use crate::io::results::IoResult;
 use crate::machine::Machine;
 use crate::stats::{median, quantile, ratio_interval};
 
@@ -354,7 +354,6 @@ fn at_end(bytes: &[u8], e: &serde_json::Error) -> bool {
     e.is_syntax() && lines.next().is_none() && last.is_some_and(|l| e.column() >= l.len())
 }
 
-pub(crate) fn text(what: &str, text: &str) -> Result<(), String> {
 /// Refuses text that is too long.
 pub fn text(what: &str, text: &str) -> Result<(), String> {
     match text.len() <= MAX_TEXT {
@@ -363,7 +362,6 @@ pub fn text(what: &str, text: &str) -> Result<(), String> {
     }
 }
 
-pub(crate) fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
 /// Refuses more of something than there can be.
 pub fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
     match n <= most {
@@ -372,7 +370,6 @@ pub fn count(what: &str, n: usize, most: usize) -> Result<(), String> {
     }
 }
 
-pub(crate) fn figure(what: &str, value: f64) -> Result<(), String> {
 /// Refuses a figure that cannot be.
 pub fn figure(what: &str, value: f64) -> Result<(), String> {
     match (0.0..=MAX_FIGURE).contains(&value) {
@@ -381,7 +378,6 @@ pub fn figure(what: &str, value: f64) -> Result<(), String> {
     }
 }
 
-pub(crate) fn samples(what: &str, all: &[f64]) -> Result<(), String> {
 /// Refuses samples that cannot be.
 pub fn samples(what: &str, all: &[f64]) -> Result<(), String> {
     count(what, all.len(), MAX_SAMPLES)?;

@@ -126,11 +126,17 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
 
 /// A file in the page cache that holds the guest's pattern (guest-images/probe/guest/block.c).
 fn disk(size: u64) -> Result<NamedTempFile> {
-    let making = || format!("writing a disk of {} MiB to the folder for temporary files", size >> 20);
+    let making = || {
+        format!(
+            "writing a disk of {} MiB to the folder for temporary files",
+            size >> 20
+        )
+    };
     let file = NamedTempFile::new().with_context(making)?;
     let mut out = BufWriter::with_capacity(1 << 20, file.as_file());
     for n in 1..=size / 8 {
-        out.write_all(&n.wrapping_mul(PATTERN).to_le_bytes()).with_context(making)?;
+        out.write_all(&n.wrapping_mul(PATTERN).to_le_bytes())
+            .with_context(making)?;
     }
     out.flush().with_context(making)?;
     drop(out);

@@ -78,7 +78,20 @@ pub fn parse(line: &str) -> Option<Line> {
             count: count.parse().ok()?,
             cycles: cycles.parse().ok()?,
         }),
-        ["latency", "p50", a, "p90", b, "p99", c, "p999", d, "max", e, "cycles"] => {
+        [
+            "latency",
+            "p50",
+            a,
+            "p90",
+            b,
+            "p99",
+            c,
+            "p999",
+            d,
+            "max",
+            e,
+            "cycles",
+        ] => {
             let cycles = |text: &str| text.parse::<u64>().ok().map(|n| n as f64);
             Some(Line::Latency(Latency {
                 p50: cycles(a)?,
@@ -127,10 +140,7 @@ mod tests {
         let Some(Line::Latency(l)) = parse(latency) else {
             panic!("{latency}")
         };
-        assert_eq!(
-            [l.p50, l.p90, l.p99, l.p999, l.max],
-            [1.0, 2.0, 3.0, 4.0, 5.0]
-        );
+        assert_eq!([l.p50, l.p90, l.p99, l.p999, l.max], [1.0, 2.0, 3.0, 4.0, 5.0]);
         assert_eq!(l.map(|c| c * 2.0).max, 10.0);
     }
 

@@ -77,7 +77,11 @@ fn qemus(args: &IoArgs) -> Vec<qemu::Starter> {
 /// The end of what a program wrote to `file`.
 fn tail(file: &mut File) -> String {
     let mut said = Vec::new();
-    if file.rewind().and_then(|()| file.take(2000).read_to_end(&mut said)).is_err() {
+    if file
+        .rewind()
+        .and_then(|()| file.take(2000).read_to_end(&mut said))
+        .is_err()
+    {
         return String::new();
     }
     String::from_utf8_lossy(&said).trim().to_owned()
@@ -123,6 +127,9 @@ enum When {
     GuestListens,
 }
 
+type Start<'a> = Box<dyn Fn(&str) -> Result<Box<dyn Vmm>> + 'a>;
+type Begin<'a> = Box<dyn Fn() -> Result<Box<dyn HostPart>> + 'a>;
+
 /// Something that runs the guest once a turn.
 struct Contender<'a> {
     name: String,
@@ -130,9 +137,9 @@ struct Contender<'a> {
     /// A peer may fail: it is left out then.
     is_peer: bool,
     /// Starts the guest with these words.
-    start: Box<dyn Fn(&str) -> Result<Box<dyn Vmm>> + 'a>,
+    start: Start<'a>,
     /// Begins the host's part.
-    host: Option<(When, Box<dyn Fn() -> Result<Box<dyn HostPart>> + 'a>)>,
+    host: Option<(When, Begin<'a>)>,
     runs: Vec<Run>,
     counted: Option<Run>,
     failed: bool,
@@ -305,9 +312,15 @@ pub fn print(io: &IoResult) {
                 l.p99,
                 l.p999,
                 l.max,
-                if s.lost_percent > 0.0 { format!("; lost {:.1} %", s.lost_percent) } else { String::new() }
+                if s.lost_percent > 0.0 {
+                    format!("; lost {:.1} %", s.lost_percent)
+                } else {
+                    String::new()
+                }
             );
         }
     }
-    println!("  ×: operations per second of the first ÷ those of this one. CPU: the VMM's threads but the vCPU's.");
+    println!(
+        "  ×: operations per second of the first ÷ those of this one. CPU: the VMM's threads but the vCPU's."
+    );
 }

@@ -76,7 +76,9 @@ const VHOST: &str = "/dev/vhost-net";
 pub fn measure(args: &NetArgs) -> Result<IoResult> {
     std::thread::scope(|scope| {
         let inside = scope.spawn(|| inside(args));
-        inside.join().map_err(|_| anyhow::anyhow!("the benchmark's thread panicked"))?
+        inside
+            .join()
+            .map_err(|_| anyhow::anyhow!("the benchmark's thread panicked"))?
     })
 }
 
@@ -100,9 +102,17 @@ fn inside(args: &NetArgs) -> Result<IoResult> {
     let parts = parts.map(|(traffic, size)| {
         let part = move || begin(traffic, size);
         let mut all = vec![ours(&starter).with_host(When::BeforeStart, part)];
-        all.extend(qemus.iter().map(|q| theirs(q, false).with_host(When::BeforeStart, part)));
+        all.extend(
+            qemus
+                .iter()
+                .map(|q| theirs(q, false).with_host(When::BeforeStart, part)),
+        );
         if Path::new(VHOST).exists() {
-            all.extend(qemus.iter().map(|q| theirs(q, true).with_host(When::BeforeStart, part)));
+            all.extend(
+                qemus
+                    .iter()
+                    .map(|q| theirs(q, true).with_host(When::BeforeStart, part)),
+            );
         }
         take_turns(&traffic.pattern(size, args.depth), &args.io, all)
     });
@@ -123,7 +133,11 @@ fn ours(starter: &shoal::Starter) -> Contender<'_> {
 
 /// docs/system/devices/net.rst: a TAP that exists, without scripts; the kernel's back end where there is one.
 fn theirs(qemu: &qemu::Starter, vhost: bool) -> Contender<'_> {
-    let name = if vhost { "qemu microvm, vhost" } else { "qemu microvm" };
+    let name = if vhost {
+        "qemu microvm, vhost"
+    } else {
+        "qemu microvm"
+    };
     Contender::new(name, qemu.version(), move |words| {
         let vhost = if vhost { "on" } else { "off" };
         let arguments = [
@@ -148,7 +162,8 @@ fn begin(traffic: Traffic, size: u64) -> Result<Box<dyn HostPart>> {
 
 /// Frames that came out of the TAP since it was made: the kernel counts what the guest sent.
 fn frames_from_guest() -> Result<u64> {
-    let table = fs::read_to_string("/proc/thread-self/net/dev").context("reading /proc/thread-self/net/dev")?;
+    let table =
+        fs::read_to_string("/proc/thread-self/net/dev").context("reading /proc/thread-self/net/dev")?;
     received(&table, TAP).with_context(|| format!("the interface {TAP} is gone"))
 }
 
@@ -239,7 +254,9 @@ fn flood(socket: &OwnedFd, stop: &AtomicBool, size: usize) -> Result<()> {
             Ok(sent) => number += sent as u64,
             Err(e) if is_full(&e) => std::thread::sleep(FULL),
             // No VMM has the interface open yet, or no more.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::ENETDOWN)) => std::thread::sleep(FULL),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::ENETDOWN)) => {
+                std::thread::sleep(FULL)
+            }
             Err(e) => return Err(e).context("sending to the guest"),
         }
     }

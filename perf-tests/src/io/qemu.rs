@@ -66,8 +66,21 @@ impl Starter {
             .args(["-enable-kvm", "-cpu", "host,arch-capabilities=off", "-smp", "1"])
             .args(["-m", &format!("{PROBE_MEMORY_MIB}M")])
             // Devices of virtio 1, as everybody's drivers take them. Threads get names, so that the vCPU's is known.
-            .args(["-global", "virtio-mmio.force-legacy=false", "-name", "probe,debug-threads=on"])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
+            .args([
+                "-global",
+                "virtio-mmio.force-legacy=false",
+                "-name",
+                "probe,debug-threads=on",
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+            ])
             .args(arguments)
             .arg("-append")
             .arg(words)
@@ -95,7 +108,9 @@ impl Vmm for Running {
     }
 
     fn console(&mut self) -> Result<Box<dyn Read + Send>> {
-        Ok(Box::new(self.console.take().context("the console is read already")?))
+        Ok(Box::new(
+            self.console.take().context("the console is read already")?,
+        ))
     }
 
     fn last_words(&mut self) -> String {

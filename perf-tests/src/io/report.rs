@@ -50,7 +50,9 @@ fn part(part: &IoPart) -> String {
     for s in &part.subjects {
         row(&mut html, part, s);
     }
-    html.push_str("</table>\n<p class=dim>CPU, system calls, exits and notifications are for one operation.</p>\n");
+    html.push_str(
+        "</table>\n<p class=dim>CPU, system calls, exits and notifications are for one operation.</p>\n",
+    );
     if part.subjects.iter().any(|s| s.latency_us.is_some()) {
         latencies(&mut html, part);
     }

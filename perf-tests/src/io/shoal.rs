@@ -78,7 +78,9 @@ impl Vmm for Running {
     }
 
     fn console(&mut self) -> Result<Box<dyn Read + Send>> {
-        Ok(Box::new(self.console.take().context("the console is read already")?))
+        Ok(Box::new(
+            self.console.take().context("the console is read already")?,
+        ))
     }
 
     fn last_words(&mut self) -> String {

@@ -113,7 +113,11 @@ pub fn make_tap(name: &str) -> io::Result<()> {
 fn interface_request(name: &str) -> libc::ifreq {
     // SAFETY: all-zero is a valid request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .zip(name.bytes().take(libc::IFNAMSIZ - 1))
+    {
         *to = from as libc::c_char;
     }
     request
@@ -154,16 +158,18 @@ const PACKET_IGNORE_OUTGOING: i32 = 23;
 fn set_option<T>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> io::Result<()> {
     let len = size_of::<T>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes of the value.
-    check(unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            std::ptr::from_ref(value).cast(),
-            len,
-        )
-    }
-    .into())
+    check(
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                level,
+                option,
+                std::ptr::from_ref(value).cast(),
+                len,
+            )
+        }
+        .into(),
+    )
     .map(drop)
 }
 
@@ -200,15 +206,17 @@ pub fn send_all(socket: &OwnedFd, frames: &[Vec<u8>]) -> io::Result<usize> {
         .collect();
     // SAFETY: each message names one piece, each piece one frame; all live until the call returns, which reads them and
     // writes the messages' lengths.
-    check(unsafe {
-        libc::sendmmsg(
-            socket.as_raw_fd(),
-            messages.as_mut_ptr(),
-            messages.len() as u32,
-            0,
-        )
-    }
-    .into())
+    check(
+        unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                messages.as_mut_ptr(),
+                messages.len() as u32,
+                0,
+            )
+        }
+        .into(),
+    )
 }
 
 /// A listening seqpacket socket with a name of the kernel's choice.

@@ -70,7 +70,9 @@ impl CpuMoment {
 /// `vcpu0` of Shoal, `CPU 0/KVM` of QEMU with debug-threads, `fc_vcpu 0` of Firecracker.
 fn is_vcpu(name: &str) -> bool {
     let name = name.trim();
-    name.starts_with("vcpu") || name.starts_with("fc_vcpu") || (name.starts_with("CPU ") && name.ends_with("/KVM"))
+    name.starts_with("vcpu")
+        || name.starts_with("fc_vcpu")
+        || (name.starts_with("CPU ") && name.ends_with("/KVM"))
 }
 
 /// The first figure of a schedstat: time on a processor (ns).
@@ -86,16 +88,24 @@ impl Counter {
     pub fn new(tracepoint: &str, threads: impl Iterator<Item = u32>) -> Option<Self> {
         let id = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
             .iter()
-            .find_map(|root| fs::read_to_string(Path::new(root).join("events").join(tracepoint).join("id")).ok())?;
+            .find_map(|root| {
+                fs::read_to_string(Path::new(root).join("events").join(tracepoint).join("id")).ok()
+            })?;
         let id = id.trim().parse().ok()?;
-        let events: Option<Vec<OwnedFd>> = threads.map(|tid| super::sys::count_tracepoint(id, tid).ok()).collect();
+        let events: Option<Vec<OwnedFd>> = threads
+            .map(|tid| super::sys::count_tracepoint(id, tid).ok())
+            .collect();
         events.filter(|e| !e.is_empty()).map(Self)
     }
 
     /// The count so far.
     pub fn read(&self) -> Result<u64> {
         let counts = self.0.iter().map(super::sys::read_counter);
-        Ok(counts.collect::<std::io::Result<Vec<_>>>().context("reading a counter of the kernel")?.iter().sum())
+        Ok(counts
+            .collect::<std::io::Result<Vec<_>>>()
+            .context("reading a counter of the kernel")?
+            .iter()
+            .sum())
     }
 }
 
@@ -106,15 +116,27 @@ mod tests {
     #[test]
     fn threads_are_told_apart() {
         assert!(["vcpu0\n", "CPU 0/KVM\n", "fc_vcpu 0"].into_iter().all(is_vcpu));
-        assert!(!["shoal-vmm", "IO io0", "CPU 0/TCG", "worker"].into_iter().any(is_vcpu));
+        assert!(
+            !["shoal-vmm", "IO io0", "CPU 0/TCG", "worker"]
+                .into_iter()
+                .any(is_vcpu)
+        );
         assert_eq!(run_time("126548 133740 2\n"), Some(126_548));
         assert_eq!(run_time(""), None);
     }
 
     #[test]
     fn time_is_that_between_two_moments() {
-        let early = CpuMoment(HashMap::from([(1, (true, 100)), (2, (false, 10)), (4, (false, 5))]));
-        let late = CpuMoment(HashMap::from([(1, (true, 150)), (2, (false, 30)), (3, (false, 7))]));
+        let early = CpuMoment(HashMap::from([
+            (1, (true, 100)),
+            (2, (false, 10)),
+            (4, (false, 5)),
+        ]));
+        let late = CpuMoment(HashMap::from([
+            (1, (true, 150)),
+            (2, (false, 30)),
+            (3, (false, 7)),
+        ]));
         let spent = early.until(&late);
         assert_eq!((spent.vcpu_ns, spent.devices_ns), (50, 27));
     }
@@ -138,7 +160,10 @@ mod tests {
 
     #[test]
     fn system_calls_are_counted_where_the_kernel_lets_us() {
-        let Some(counter) = Counter::new("raw_syscalls/sys_enter", [super::super::sys::thread_id()].into_iter()) else {
+        let Some(counter) = Counter::new(
+            "raw_syscalls/sys_enter",
+            [super::super::sys::thread_id()].into_iter(),
+        ) else {
             eprintln!("SKIPPED: no tracepoints here");
             return;
         };

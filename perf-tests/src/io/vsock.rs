@@ -59,7 +59,11 @@ impl Stream {
                 format!("packets of {size} bytes to the host, {depth} in flight"),
                 20_000,
             ),
-            Self::ToGuest => ("receive", format!("a stream to the guest, by {size} bytes"), 20_000),
+            Self::ToGuest => (
+                "receive",
+                format!("a stream to the guest, by {size} bytes"),
+                20_000,
+            ),
             Self::Ping => ("ping", format!("{size} bytes there and back"), 10_000),
         };
         Pattern {
@@ -100,7 +104,8 @@ fn ours<'a>(starter: &'a shoal::Starter, path: &'a Path) -> Contender<'a> {
         if path.exists() {
             std::fs::remove_file(path)?;
         }
-        let listener = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
         let broker = sys::seqpacket_listener().context("making the broker's socket")?;
         let spec = AnyDeviceSpec::Vsock(VsockSpec {
             cid: 3,

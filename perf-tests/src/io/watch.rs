@@ -217,7 +217,10 @@ mod tests {
         for (text, why) in [
             ("probe: ready\n", "ended early"),
             ("", "bye"),
-            ("probe: block error: the request failed at 0\n", "the request failed"),
+            (
+                "probe: block error: the request failed at 0\n",
+                "the request failed",
+            ),
             ("probe: ends\n", "not begun"),
             ("probe: ready\nprobe: done\n", "measured nothing"),
         ] {
