@@ -3,6 +3,7 @@
 //! - `attempt NAME SECCOMP key=value…` tries one way out and writes what it met to descriptor 3.
 //! - `hold FD` waits until descriptor FD comes to its end. `listen NAME FD` listens on an abstract socket meanwhile.
 //! - `exit CODE`, `spin` end at once or never.
+//! - `kill-at` kills one process of a chain at one of its system calls (see `killer`).
 //! - `drive` and `suite` are the other side: they make the jails, and judge (see `driver` and `suite`).
 
 use std::io::{Read, Write};
@@ -14,6 +15,7 @@ use shoal_jailer::seccomp::{Mode, ThreadKind, install};
 
 mod attempts;
 mod driver;
+mod killer;
 mod suite;
 mod victims;
 
@@ -42,6 +44,7 @@ fn main() {
         "spin" => loop {
             std::hint::spin_loop();
         },
+        "kill-at" => finish(killer::run(&arguments[2..])),
         "drive" => finish(driver::drive(&arguments[2..])),
         "suite" => finish(suite::run(&arguments[2..])),
         _ => {

@@ -5,7 +5,6 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 mod common;
 use common::{TestCgroup, fresh_uid, is_root, processes_of, real, status, until};
@@ -291,26 +290,6 @@ fn sweeper_of(jailer: u32) -> u32 {
     children
         .find(|pid| status(*pid, "Name").as_deref() == Some("exe"))
         .unwrap()
-}
-
-#[test]
-fn a_jailer_killed_at_any_moment_of_the_start_leaves_nothing() {
-    let name = "a_jailer_killed_at_any_moment_of_the_start_leaves_nothing";
-    let (true, Some(parent)) = (is_root(name), TestCgroup::new(name)) else {
-        return;
-    };
-    let uid = fresh_uid();
-    for moment in 0..60 {
-        let mut jailer = command(uid, Some(&parent), &[], &["spin"])
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        // Not to wait for anything: the moment of the kill is what is varied.
-        std::thread::sleep(Duration::from_micros(moment * 150));
-        kill(jailer.id(), libc::SIGKILL);
-        jailer.wait().unwrap();
-        nothing_left(uid, &parent);
-    }
 }
 
 #[test]
