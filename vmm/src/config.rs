@@ -10,7 +10,7 @@ use crate::arch::x86_64::layout::{
     CMDLINE_MAX, GAP_START, HIGH_MEMORY, PAGE, VIRTIO_GSIS, VIRTIO_MMIO, VIRTIO_MMIO_STRIDE,
 };
 use crate::kernel::{MAX_INITRD, MAX_RANGES};
-use crate::protocol::{ConsoleConfig, Failure, KernelEntry, KernelLayout, VmConfig};
+use crate::protocol::{ConsoleConfig, Failure, KernelEntry, KernelLayout, KernelRange, VmConfig};
 
 /// Most vCPUs of one guest.
 pub const MAX_VCPUS: u8 = 32;
@@ -136,7 +136,7 @@ fn check_kernel(layout: &KernelLayout, low_end: u64) -> Result<(), ConfigError> 
         );
     }
     let mut at = HIGH_MEMORY;
-    for r in &layout.ranges {
+    for KernelRange { range: r, .. } in &layout.ranges {
         let aligned = r.start.is_multiple_of(PAGE) && r.len.is_multiple_of(PAGE) && r.len > 0;
         if !aligned || r.start < at || r.start.checked_add(r.len).is_none_or(|end| end > GAP_START) {
             return refuse(
@@ -164,7 +164,7 @@ fn check_kernel(layout: &KernelLayout, low_end: u64) -> Result<(), ConfigError> 
     if !layout
         .ranges
         .iter()
-        .any(|r| entry >= r.start && entry - r.start < r.len)
+        .any(|r| entry >= r.range.start && entry - r.range.start < r.range.len)
     {
         return refuse(
             "kernel.layout.entry",

@@ -1,7 +1,7 @@
 //! A configuration that is right, and each way to be wrong.
 
 use super::*;
-use crate::protocol::{InitrdConfig, KernelConfig, MemoryConfig, Pages, PhysRange};
+use crate::protocol::{InitrdConfig, KernelConfig, KernelRange, MemoryConfig, Pages, PhysRange};
 use shoal_devices::spec::{AnyDeviceSpec, FdSlot};
 use shoal_devices::virtio::rng::RngSpec;
 
@@ -19,9 +19,12 @@ fn good() -> VmConfig {
         kernel: KernelConfig {
             fd: FdSlot(1),
             layout: KernelLayout {
-                ranges: vec![PhysRange {
-                    start: 16 * MIB,
-                    len: 8 * MIB,
+                ranges: vec![KernelRange {
+                    range: PhysRange {
+                        start: 16 * MIB,
+                        len: 8 * MIB,
+                    },
+                    copied: false,
                 }],
                 end: 26 * MIB,
                 entry: KernelEntry::Pvh {
@@ -87,9 +90,11 @@ fn what_is_wrong_is_named() {
         ("kernel", |c| c.memory.bytes = 24 * MIB),
         ("kernel", |c| c.kernel.layout.end = 200 * MIB),
         ("kernel.layout.ranges", |c| c.kernel.layout.ranges.clear()),
-        ("kernel.layout.ranges", |c| c.kernel.layout.ranges[0].start = 0),
         ("kernel.layout.ranges", |c| {
-            c.kernel.layout.ranges[0].len = u64::MAX - 4095
+            c.kernel.layout.ranges[0].range.start = 0
+        }),
+        ("kernel.layout.ranges", |c| {
+            c.kernel.layout.ranges[0].range.len = u64::MAX - 4095
         }),
         ("kernel.layout.entry", |c| {
             c.kernel.layout.entry = KernelEntry::Linux64 { entry: 5 }

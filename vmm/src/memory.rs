@@ -160,10 +160,7 @@ pub fn map_file(
         .map_err(failed)
 }
 
-/// Copies `len` bytes of `file` to `at` in the guest's memory.
-///
-/// The initial RAM disk is copied, not mapped: the guest's kernel unpacks it, overwrites all of it and frees it, so
-/// that every mapped page would be copied all the same, one page fault at a time (in the lab 8 ms for 2 MiB).
+/// Copies `file` from `offset` (bytes) on into `range` of the guest's memory.
 ///
 /// # Errors
 /// When the range is not RAM, or the file is shorter.
@@ -171,11 +168,12 @@ pub fn copy_file(
     memory: &GuestMemory,
     what: &'static str,
     file: &File,
-    at: u64,
-    len: u64,
+    offset: u64,
+    range: PhysRange,
 ) -> Result<(), MemoryError> {
-    let mut done = 0;
-    for slice in memory.get_slices(GuestAddress(at), len as usize) {
+    let at = range.start;
+    let mut position = offset;
+    for slice in memory.get_slices(GuestAddress(at), range.len as usize) {
         let slice = slice.map_err(|_| MemoryError::Outside { what, at })?;
         let mut rest = slice;
         while !rest.is_empty() {
@@ -187,7 +185,7 @@ pub fn copy_file(
                     file.as_raw_fd(),
                     into.as_ptr().cast(),
                     rest.len(),
-                    done as libc::off_t,
+                    position as libc::off_t,
                 )
             };
             let failed = |source| MemoryError::Place { what, at, source };
@@ -195,7 +193,7 @@ pub fn copy_file(
                 0 => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
                 n if n < 0 => return Err(failed(io::Error::last_os_error())),
                 n => {
-                    done += n as u64;
+                    position += n as u64;
                     rest = rest
                         .offset(n as usize)
                         .map_err(|_| MemoryError::Outside { what, at })?;

@@ -136,12 +136,12 @@ pub enum Step {
     ProcessStarted,
     /// The start request was received and checked.
     ConfigReceived,
-    /// The guest's memory is mapped, with kernel and initrd in it.
-    MemoryMapped,
     /// The VM, its memory slots and its interrupt controllers exist.
     VmCreated,
     /// The vCPUs exist and are set up.
     VcpusCreated,
+    /// The guest's memory is mapped, with kernel and initrd in it: they are placed while the VM is created.
+    MemoryMapped,
     /// All devices exist and are wired.
     DevicesCreated,
     /// Boot parameters and tables are written.
@@ -260,14 +260,23 @@ pub struct KernelConfig {
 /// What a loaded kernel occupies, and how it is entered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelLayout {
-    /// Page-aligned ranges of the memfd that are mapped into the guest at the same guest-physical address.
-    pub ranges: Vec<PhysRange>,
+    /// Page-aligned ranges of the memfd that come into the guest at the same guest-physical address, sorted.
+    pub ranges: Vec<KernelRange>,
     /// End of all that the kernel needs at its place (its bss, its decompression area), guest-physical.
     pub end: u64,
     /// How it is entered.
     pub entry: KernelEntry,
     /// A bzImage's setup header, which goes into the boot parameters (from offset 0x1f1 of the file).
     pub setup_header: Option<Vec<u8>>,
+}
+
+/// A part of a kernel, in the memfd and in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelRange {
+    /// Where it lies.
+    pub range: PhysRange,
+    /// Whether the guest gets a copy of its own, or a private mapping whose untouched pages all guests share.
+    pub copied: bool,
 }
 
 /// A range of guest-physical memory.

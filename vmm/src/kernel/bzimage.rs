@@ -104,6 +104,7 @@ pub(super) fn parse(source: &Source<'_>) -> Result<Parsed, KernelError> {
     let header_len = header_end.clamp(0x268, SETUP_HEADER + SETUP_HEADER_MAX) - SETUP_HEADER;
     Ok(Parsed {
         segments: vec![Segment {
+            writable: false,
             file_offset: offset,
             phys: load,
             len,

@@ -13,6 +13,7 @@ const MAX_PROGRAM_HEADERS: u16 = 128;
 const MAX_NOTES: u64 = 1 << 16;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+const PF_W: u32 = 2;
 const EM_X86_64: u16 = 62;
 /// XEN_ELFNOTE_PHYS32_ENTRY of the Xen ABI (`elfnote.h`).
 const PHYS32_ENTRY: u32 = 18;
@@ -69,7 +70,7 @@ pub(super) fn parse(source: &Source<'_>) -> Result<Parsed, KernelError> {
     let (mut segments, mut end, mut pvh) = (Vec::new(), 0, None);
     let mut note_budget = MAX_NOTES;
     for h in table.chunks_exact(PROGRAM_HEADER) {
-        let (kind, file_offset) = (u32_at(h, 0), u64_at(h, 8));
+        let (kind, flags, file_offset) = (u32_at(h, 0), u32_at(h, 4), u64_at(h, 8));
         let (phys, file_size, mem_size) = (u64_at(h, 24), u64_at(h, 32), u64_at(h, 40));
         match kind {
             PT_LOAD => {
@@ -89,6 +90,7 @@ pub(super) fn parse(source: &Source<'_>) -> Result<Parsed, KernelError> {
                     file_offset,
                     phys,
                     len: file_size,
+                    writable: flags & PF_W != 0,
                 });
             }
             // Hostile files may point many note headers at the same large area: all notes share one budget.

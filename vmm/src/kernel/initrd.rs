@@ -39,6 +39,7 @@ pub fn load_initrd(file: &File) -> Result<LoadedInitrd, KernelError> {
     copy(
         &Source { file, size },
         &Segment {
+            writable: true,
             file_offset: 0,
             phys: 0,
             len: size,

@@ -1,14 +1,16 @@
-//! Loads kernels and initial RAM disks once per host, into sealed memfds laid out as the guest will see them. Every
-//! guest maps them private: nothing is copied at boot, and pages that no guest writes are shared by all of them.
+//! Loads kernels and initial RAM disks once per host, into sealed memfds laid out as the guest will see them. A guest
+//! maps its kernel's code private, so that pages that no guest writes are shared by all of them; what the kernel writes
+//! anyway is copied (`placing.rs`).
 //!
 //! A kernel's memfd is addressed by guest-physical address and is sparse elsewhere. Only ranges with bytes from the
-//! file are mapped; a kernel's bss is the guest's own anonymous memory.
+//! file come into the guest; a kernel's bss is the guest's own anonymous memory.
 //!
 //! Kernel files come from API users: every number in them is checked before it is used.
 
 mod bzimage;
 mod elf;
 mod initrd;
+mod placing;
 #[cfg(test)]
 mod tests;
 
@@ -27,8 +29,11 @@ use crate::sys;
 pub const MAX_KERNEL: u64 = 512 << 20;
 /// The largest initial RAM disk (bytes).
 pub const MAX_INITRD: u64 = 2 << 30;
-/// Most ranges that a kernel may consist of.
-pub const MAX_RANGES: usize = 16;
+/// Most separate parts that a kernel may have.
+const MAX_PARTS: usize = 16;
+/// Most ranges that a kernel may consist of: each part may be cut where what is mapped meets what is copied, at both ends
+/// of each of its segments.
+pub const MAX_RANGES: usize = 4 * MAX_PARTS;
 
 /// A kernel ready to be mapped into guests.
 #[derive(Debug)]
@@ -110,6 +115,8 @@ struct Segment {
     file_offset: u64,
     phys: u64,
     len: u64,
+    /// The guest's kernel writes there.
+    writable: bool,
 }
 
 /// What a format's parser finds out.
@@ -180,7 +187,7 @@ pub fn load(file: &File) -> Result<LoadedKernel, KernelError> {
     let ranges = without_gaps(ranges, &memfd).map_err(error("the kernel"))?;
     sys::seal(&memfd).map_err(error("the kernel"))?;
     let layout = KernelLayout {
-        ranges,
+        ranges: placing::place(&ranges, &parsed.segments, parsed.end),
         end: parsed.end,
         entry: parsed.entry,
         setup_header: parsed.setup_header,
@@ -246,7 +253,7 @@ fn without_gaps(ranges: Vec<PhysRange>, memfd: &File) -> io::Result<Vec<PhysRang
             let len = (end - at).min(GAP - at % GAP);
             let block = &mut block[..len as usize];
             memfd.read_exact_at(block, at)?;
-            let full = kept.len() >= MAX_RANGES;
+            let full = kept.len() >= MAX_PARTS;
             match kept.last_mut() {
                 _ if !full && len == GAP && block.iter().all(|b| *b == 0) => {}
                 Some(last) if last.start + last.len == at => last.len += len,
@@ -291,7 +298,7 @@ fn page_ranges(segments: &[Segment]) -> Result<Vec<PhysRange>, KernelError> {
             value: 0,
             why: "there is nothing to load",
         }),
-        n if n > MAX_RANGES => Err(KernelError::Invalid {
+        n if n > MAX_PARTS => Err(KernelError::Invalid {
             what: "the number of separate segments",
             value: n as u64,
             why: "more than 16 are no Linux kernel",

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::protocol::KernelEntry;
+use crate::protocol::{KernelEntry, KernelRange};
 
 fn file(bytes: &[u8]) -> File {
     let mut f = tempfile::tempfile().unwrap();
@@ -48,10 +48,13 @@ fn an_elf_kernel_is_laid_out_by_physical_address() {
     put(&mut bytes, 0x1000, b"text");
     put(&mut bytes, 0x3000, b"data");
     let kernel = load(&file(&bytes)).unwrap();
-    let range = |start, len| PhysRange { start, len };
+    let range = |start, len, copied| KernelRange {
+        range: PhysRange { start, len },
+        copied,
+    };
     assert_eq!(
         kernel.layout.ranges,
-        [range(16 * MIB, 0x2000), range(18 * MIB, 0x1000)]
+        [range(16 * MIB, 0x2000, true), range(18 * MIB, 0x1000, false)]
     );
     assert_eq!(kernel.layout.end, 19 * MIB);
     assert_eq!(
@@ -123,9 +126,12 @@ fn a_bzimage_is_entered_at_its_64_bit_entry() {
     );
     assert_eq!(
         kernel.layout.ranges,
-        [PhysRange {
-            start: 16 * MIB,
-            len: 0x1000
+        [KernelRange {
+            range: PhysRange {
+                start: 16 * MIB,
+                len: 0x1000
+            },
+            copied: true
         }]
     );
     assert_eq!(kernel.layout.end, 20 * MIB);
