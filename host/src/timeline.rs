@@ -63,6 +63,8 @@ fn name(step: Step) -> String {
         Step::BootConfigured => "boot-configured".into(),
         Step::FirstInstruction => "first-instruction".into(),
         Step::FirstOutput => "first-output".into(),
+        Step::ConsoleProbed => "console-probed".into(),
+        Step::DeviceProbed(device) => format!("device-probed-{device}"),
         Step::DriverOk(device) => format!("driver-ok-{device}"),
         Step::Mark(mark::INIT) => "init".into(),
         Step::Mark(mark::WORKLOAD) => "workload".into(),

@@ -24,6 +24,7 @@ const VIRTIO_STATUS: u64 = 0x70;
 /// A virtio device at its place on the bus.
 pub struct Window {
     transport: Mutex<MmioTransport>,
+    probed: AtomicBool,
     came_up: AtomicBool,
 }
 
@@ -32,6 +33,7 @@ impl Window {
     pub fn new(transport: MmioTransport) -> Self {
         Self {
             transport: Mutex::new(transport),
+            probed: AtomicBool::new(false),
             came_up: AtomicBool::new(false),
         }
     }
@@ -41,6 +43,7 @@ impl Window {
 pub struct Bus {
     /// COM1.
     pub serial: Mutex<Serial>,
+    serial_probed: AtomicBool,
     i8042: Mutex<I8042>,
     windows: Vec<Window>,
     shared: Arc<Shared>,
@@ -55,6 +58,7 @@ impl Bus {
     pub fn new(serial: Serial, windows: Vec<Window>, shared: Arc<Shared>) -> Self {
         Self {
             serial: Mutex::new(serial),
+            serial_probed: AtomicBool::new(false),
             i8042: Mutex::new(I8042::new()),
             windows,
             shared,
@@ -64,7 +68,10 @@ impl Bus {
     /// A write to an I/O port. Returns why the guest ends, if it does.
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<ExitReason> {
         match (port, data) {
-            (SERIAL_PORT..=0x3ff, [value]) => lock(&self.serial).write((port - SERIAL_PORT) as u8, *value),
+            (SERIAL_PORT..=0x3ff, [value]) => {
+                self.once(&self.serial_probed, Step::ConsoleProbed);
+                lock(&self.serial).write((port - SERIAL_PORT) as u8, *value);
+            }
             (MARK_PORT, [mark]) => self.shared.stamp_and_tell(Step::Mark(*mark)),
             (I8042_DATA | I8042_COMMAND, [value]) => {
                 let event = lock(&self.i8042).write((port - I8042_DATA) as u8, *value);
@@ -84,7 +91,10 @@ impl Bus {
         data.fill(0xff);
         if let [value] = data {
             *value = match port {
-                SERIAL_PORT..=0x3ff => lock(&self.serial).read((port - SERIAL_PORT) as u8),
+                SERIAL_PORT..=0x3ff => {
+                    self.once(&self.serial_probed, Step::ConsoleProbed);
+                    lock(&self.serial).read((port - SERIAL_PORT) as u8)
+                }
                 I8042_DATA | I8042_COMMAND => lock(&self.i8042).read((port - I8042_DATA) as u8),
                 ACPI_SLEEP_CONTROL | ACPI_SLEEP_STATUS => 0,
                 _ => 0xff,
@@ -112,10 +122,22 @@ impl Bus {
     /// A read from memory that is no RAM.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) -> Option<ExitReason> {
         match self.window(address) {
-            Some((index, offset)) => lock(&self.windows[index].transport).read(offset, data),
+            Some((index, offset)) => {
+                let window = &self.windows[index];
+                self.once(&window.probed, Step::DeviceProbed(index as u8));
+                lock(&window.transport).read(offset, data);
+            }
             None => data.fill(0xff),
         }
         None
+    }
+
+    /// Stamps a step that the guest can bring about any number of times when it does so first. The host is told with the
+    /// next step that it is told of: waking the event loop would cost the boot more than the step.
+    fn once(&self, flag: &AtomicBool, step: Step) {
+        if !flag.load(Ordering::Relaxed) && !flag.swap(true, Ordering::Relaxed) {
+            self.shared.stamp(step);
+        }
     }
 
     fn window(&self, address: u64) -> Option<(usize, u64)> {

@@ -150,6 +150,10 @@ pub enum Step {
     FirstInstruction,
     /// The guest wrote its first byte to the console.
     FirstOutput,
+    /// The guest first touched the serial port.
+    ConsoleProbed,
+    /// The guest first read a register of the virtio device with this index.
+    DeviceProbed(u8),
     /// A driver set DRIVER_OK on the virtio device with this index.
     DriverOk(u8),
     /// The guest wrote this number to the mark port ([`crate::layout::MARK_PORT`]).
