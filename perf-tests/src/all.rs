@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::peers::PeerArg;
 use crate::results::{Measured, ResultFile};
 use crate::signal::interrupted;
-use crate::{api, boot, density, linux, report};
+use crate::{api, boot, density, io, linux, report};
 
 /// What `all` runs, and where its results go.
 #[derive(clap::Args)]
@@ -50,6 +50,8 @@ enum Need {
     Lab,
     /// A guest of ours.
     Guest(Ours),
+    /// A network namespace and a TAP in it.
+    Network,
 }
 
 impl Need {
@@ -74,6 +76,7 @@ impl Need {
                 _ => None,
             },
             Self::Guest(ours) => ours.resolve().err().map(|e| format!("{e:#}")),
+            Self::Network => io::net::missing(),
         }
     }
 }
@@ -142,6 +145,32 @@ const BENCHES: &[Bench] = &[
         name: "density-probe",
         needs: &[Need::Kvm],
         run: |_| Ok((density::PROBE, Measured::Density(density::probe(200)?))),
+    },
+    Bench {
+        name: "block",
+        needs: &[Need::Kvm],
+        run: |args| {
+            let result = io::block::measure(&io::block::BlockArgs::all(&args.peers))?;
+            Ok((io::METHOD, Measured::Io(result)))
+        },
+    },
+    Bench {
+        name: "net",
+        needs: &[Need::Kvm, Need::Network],
+        run: |args| {
+            let result = io::net::measure(&io::net::NetArgs::all(&args.peers))?;
+            Ok((io::METHOD, Measured::Io(result)))
+        },
+    },
+    Bench {
+        name: "vsock",
+        needs: &[Need::Kvm],
+        run: |_| {
+            Ok((
+                io::METHOD,
+                Measured::Io(io::vsock::measure(&io::vsock::VsockArgs::all())?),
+            ))
+        },
     },
     Bench {
         name: "density-lab",

@@ -61,7 +61,7 @@ pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
             ("Memory per idle guest".into(), "MB", density.host_mb_per_guest),
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),
         ],
-        Measured::Io(_) => vec![],
+        Measured::Io(io) => io.headlines(),
         Measured::Api(api) => {
             let most = api.points.last();
             let calls = most.iter().flat_map(|p| p.calls.iter().map(|c| (p.guests, c)));

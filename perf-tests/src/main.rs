@@ -51,11 +51,11 @@ enum Command {
     /// Host memory per idle guest, and start latency against the number that runs
     Density(DensityArgs),
     /// Requests per second of a disk, and what each costs the host, with a bare-metal guest on this machine's /dev/kvm
-    Block(BlockArgs),
+    Block(BlockCommand),
     /// Frames per second of a network interface each way, their latency, and what each costs the host
-    Net(NetArgs),
+    Net(NetCommand),
     /// Throughput and latency of a stream between guest and host
-    Vsock(VsockArgs),
+    Vsock(VsockCommand),
     /// Latency of each call of the API, against the number of guests that run
     Api(ApiArgs),
     /// Every benchmark that can run here, and the report
@@ -120,7 +120,7 @@ struct DensityArgs {
 }
 
 #[derive(clap::Args)]
-struct BlockArgs {
+struct BlockCommand {
     #[command(flatten)]
     block: io::block::BlockArgs,
     #[command(flatten)]
@@ -128,7 +128,7 @@ struct BlockArgs {
 }
 
 #[derive(clap::Args)]
-struct NetArgs {
+struct NetCommand {
     #[command(flatten)]
     net: io::net::NetArgs,
     #[command(flatten)]
@@ -136,7 +136,7 @@ struct NetArgs {
 }
 
 #[derive(clap::Args)]
-struct VsockArgs {
+struct VsockCommand {
     #[command(flatten)]
     vsock: io::vsock::VsockArgs,
     #[command(flatten)]

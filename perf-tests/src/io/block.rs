@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 use super::results::IoResult;
 use super::watch::Vmm;
 use super::{Contender, IoArgs, Pattern, qemu, qemus, result, shoal, take_turns};
+use crate::peers::PeerArg;
 
 /// What `block` measures.
 #[derive(clap::Args)]
@@ -32,6 +33,19 @@ pub struct BlockArgs {
     /// Size of the disk (MiB): its file is written anew, and stays in the page cache
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     disk_mib: u64,
+}
+
+impl BlockArgs {
+    /// What `all` runs.
+    pub fn all(peers: &[PeerArg]) -> Self {
+        Self {
+            io: IoArgs::all(peers),
+            patterns: vec![],
+            size: 4096,
+            depth: 32,
+            disk_mib: 256,
+        }
+    }
 }
 
 /// The guest has 6 MiB of buffers.

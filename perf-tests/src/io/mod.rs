@@ -46,6 +46,18 @@ pub struct IoArgs {
     check: bool,
 }
 
+impl IoArgs {
+    /// What `all` runs: fewer turns, since there are many parts, and the peers that can be driven.
+    fn all(peers: &[PeerArg]) -> Self {
+        Self {
+            turns: 5,
+            ops: None,
+            peers: peers.iter().filter(|p| p.qemu().is_some()).cloned().collect(),
+            check: false,
+        }
+    }
+}
+
 /// The probe guest, ready to be mapped.
 fn probe_guest() -> Result<Guest> {
     let mut file = tempfile::tempfile().context("making a temporary file")?;

@@ -18,6 +18,7 @@ use shoal_devices::virtio::net::open::open_tap;
 use super::results::IoResult;
 use super::watch::{Run, Vmm};
 use super::{Contender, HostPart, IoArgs, Pattern, When, qemu, qemus, result, shoal, sys, take_turns};
+use crate::peers::PeerArg;
 
 /// What `net` measures.
 #[derive(clap::Args)]
@@ -33,6 +34,18 @@ pub struct NetArgs {
     /// Frames in flight from the guest to the host
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=256))]
     depth: u64,
+}
+
+impl NetArgs {
+    /// What `all` runs.
+    pub fn all(peers: &[PeerArg]) -> Self {
+        Self {
+            io: IoArgs::all(peers),
+            patterns: vec![],
+            sizes: vec![],
+            depth: 128,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -82,9 +95,24 @@ pub fn measure(args: &NetArgs) -> Result<IoResult> {
     })
 }
 
-fn inside(args: &NetArgs) -> Result<IoResult> {
+/// Why it cannot be measured here, if so.
+pub fn missing() -> Option<String> {
+    let tried = std::thread::spawn(enter).join();
+    match tried {
+        Ok(Ok(())) => None,
+        Ok(Err(e)) => Some(format!("{e:#}")),
+        Err(_) => Some("making a network namespace panicked".into()),
+    }
+}
+
+/// Takes this thread into a namespace with a TAP, which go with the thread and what it has started.
+fn enter() -> Result<()> {
     sys::leave_network().context("making a network namespace, for which one has to be root")?;
-    sys::make_tap(TAP).context("making a TAP in it, for which /dev/net/tun is needed")?;
+    sys::make_tap(TAP).context("making a TAP, for which one needs CAP_NET_ADMIN and /dev/net/tun")
+}
+
+fn inside(args: &NetArgs) -> Result<IoResult> {
+    enter()?;
     let (starter, qemus) = (shoal::Starter::new()?, qemus(&args.io));
     let all_patterns = [Traffic::ToHost, Traffic::ToGuest, Traffic::Ping];
     let patterns = match args.patterns[..] {

@@ -111,6 +111,21 @@ impl IoSubject {
 }
 
 impl IoResult {
+    /// For each part the device's processor time for one operation, by the first subject: other work on the machine
+    /// changes it least.
+    pub fn headlines(&self) -> Vec<(String, &'static str, f64)> {
+        let parts = self.parts.iter().filter_map(|p| Some((p, p.subjects.first()?)));
+        parts
+            .map(|(part, first)| {
+                (
+                    format!("{}: {}, {}", self.device, part.name, first.name),
+                    "µs of CPU",
+                    first.device_cpu_us_per_op,
+                )
+            })
+            .collect()
+    }
+
     /// What a file must hold to be believed.
     pub fn check(&self) -> Result<(), String> {
         text("device", &self.device)?;

@@ -31,6 +31,18 @@ pub struct VsockArgs {
     depth: u64,
 }
 
+impl VsockArgs {
+    /// What `all` runs.
+    pub fn all() -> Self {
+        Self {
+            io: IoArgs::all(&[]),
+            patterns: vec![],
+            size: None,
+            depth: 16,
+        }
+    }
+}
+
 fn size(text: &str) -> Result<u64, String> {
     let n: u64 = text.parse().map_err(|_| "not a number".to_owned())?;
     match n > 0 && n.is_multiple_of(8) && n <= 61_440 {

@@ -1,0 +1,183 @@
+//! `shoal-perf block`, `net` and `vsock` on /dev/kvm, short: what they print can be believed, and what goes wrong is told.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// Runs shoal-perf with the programs of SHOAL_BIN_DIR, or else of build/bin. None: this cannot run here.
+fn perf(arguments: &[&str]) -> Option<Output> {
+    if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        println!("SKIP: io: /dev/kvm does not open");
+        return None;
+    }
+    let folder = std::env::var_os("SHOAL_BIN_DIR").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../build/bin"),
+        PathBuf::from,
+    );
+    assert!(
+        folder.join("shoal-vmm").exists(),
+        "no shoal-vmm in {}: make build",
+        folder.display()
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shoal-perf"));
+    Some(
+        command
+            .args(arguments)
+            .env("SHOAL_BIN_DIR", folder)
+            .output()
+            .unwrap(),
+    )
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// The parts of a result that was printed as JSON.
+fn parts(output: &Output) -> Vec<Value> {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(result["kind"], "io");
+    result["parts"].as_array().unwrap().clone()
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[test]
+fn every_pattern_of_a_disk_is_measured_with_both_engines() {
+    let mut arguments = vec![
+        "block",
+        "--json",
+        "--turns",
+        "2",
+        "--ops",
+        "2000",
+        "--disk-mib",
+        "4",
+        "--check",
+    ];
+    for pattern in ["rand-read", "rand-write", "read", "write", "flush"] {
+        arguments.extend(["--pattern", pattern]);
+    }
+    let Some(output) = perf(&arguments) else { return };
+    let parts = parts(&output);
+    assert_eq!(parts.len(), 5);
+    for part in parts {
+        let subjects = part["subjects"].as_array().unwrap();
+        assert_eq!(subjects.len(), 2, "{part}");
+        for s in subjects {
+            assert!(
+                number(&s["ops_per_s"]) > 0.0 && number(&s["latency_us"]["p50"]) > 0.0,
+                "{s}"
+            );
+            // A run cannot be done without telling the device once.
+            assert!(number(&s["kicks_per_op"]) > 0.0, "{s}");
+            assert_eq!(s["samples_ops_per_s"].as_array().unwrap().len(), 2, "{s}");
+        }
+        assert_eq!(subjects[0]["first_is_faster_by"], 1.0, "{part}");
+    }
+}
+
+#[test]
+fn frames_go_both_ways() {
+    let Some(output) = perf(&["net", "--json", "--turns", "1", "--ops", "2000"]) else {
+        return;
+    };
+    let errors = text(&output.stderr);
+    if errors.contains("making a network namespace") || errors.contains("making a TAP") {
+        println!("SKIP: net: {errors}");
+        return;
+    }
+    let parts = parts(&output);
+    assert_eq!(parts.len(), 5);
+    for part in parts {
+        assert!(number(&part["subjects"][0]["ops_per_s"]) > 0.0, "{part}");
+    }
+}
+
+#[test]
+fn streams_go_both_ways() {
+    let arguments = [
+        "vsock", "--json", "--turns", "1", "--ops", "200", "--check", "--peer", "qemu=/x",
+    ];
+    let Some(output) = perf(&arguments) else { return };
+    assert!(text(&output.stderr).contains("has no sockets of this kind"));
+    let parts = parts(&output);
+    assert_eq!(parts.len(), 3);
+    for part in &parts {
+        assert!(number(&part["subjects"][0]["ops_per_s"]) > 0.0, "{part}");
+    }
+    assert!(number(&parts[2]["subjects"][0]["latency_us"]["p50"]) > 0.0);
+}
+
+#[test]
+fn a_peer_that_is_missing_or_dies_is_left_out_and_the_rest_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("qemu");
+    let mut script = File::create(&program).unwrap();
+    writeln!(
+        script,
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo 'QEMU emulator version 9.9.9' && exit\necho no such machine >&2; exit 1"
+    )
+    .unwrap();
+    script.set_permissions(PermissionsExt::from_mode(0o755)).unwrap();
+    drop(script);
+    let dies = format!("qemu={}", program.display());
+    for (peer, told) in [
+        (
+            "qemu=/nonexistent/qemu",
+            "the peer qemu=/nonexistent/qemu is left out",
+        ),
+        ("firecracker=/bin/true", "I/O is compared with qemu=PATH only"),
+        (dies.as_str(), "no such machine"),
+    ] {
+        let arguments = [
+            "block",
+            "--json",
+            "--turns",
+            "1",
+            "--ops",
+            "500",
+            "--disk-mib",
+            "1",
+            "--pattern",
+            "rand-read",
+            "--peer",
+            peer,
+        ];
+        let Some(output) = perf(&arguments) else { return };
+        let errors = text(&output.stderr);
+        assert!(errors.contains(told), "{peer}: {errors}");
+        assert_eq!(
+            parts(&output)[0]["subjects"].as_array().unwrap().len(),
+            2,
+            "{peer}"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused() {
+    for (arguments, told) in [
+        (&["block", "--depth", "65"][..], "1..=64"),
+        (&["block", "--size", "100"], "no multiple of 512"),
+        (
+            &["block", "--size", "1048576", "--depth", "64"],
+            "take a smaller --depth or --size",
+        ),
+        (&["block", "--turns", "0"], "1..=10000"),
+        (&["net", "--size", "59"], "60..=1514"),
+        (&["vsock", "--size", "12"], "no multiple of 8"),
+    ] {
+        let Some(output) = perf(arguments) else { return };
+        assert!(!output.status.success(), "{arguments:?}");
+        let errors = text(&output.stderr);
+        assert!(errors.contains(told), "{arguments:?}: {errors}");
+    }
+}
