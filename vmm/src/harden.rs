@@ -10,8 +10,9 @@ use shoal_seccomp::{InstallError, Mode, ThreadKind};
 /// - Memory that could be written can never be executed (PR_SET_MDWE, since Linux 6.3; older kernels refuse and seccomp
 ///   alone holds it).
 /// - The allocator keeps to one heap that grows by `brk`, so that the filters need neither `mmap` nor `mprotect`.
-/// - A fault ends the process by its own signal: Rust's handlers for them would need system calls that no filter allows,
-///   and the end would be taken for an escape attempt.
+/// - A fault ends the process by its own signal: the program starts without Rust's handlers, which would need system calls
+///   that no filter allows, and the end would be taken for an escape attempt.
+/// - A reader that has gone away is an error to be handled, no signal.
 /// - A panic names its place and nothing of what it was about, which may be the guest's data.
 pub fn process() {
     const PR_SET_MDWE: libc::c_int = 65;
@@ -23,10 +24,8 @@ pub fn process() {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_MAX, 0);
     }
-    for signal in [libc::SIGSEGV, libc::SIGBUS] {
-        // SAFETY: the default disposition runs no code of ours.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-    }
+    // SAFETY: ignoring a signal runs no code of ours.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     std::panic::set_hook(Box::new(|panic| {
         let place = panic
             .location()
