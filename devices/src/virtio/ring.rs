@@ -320,9 +320,13 @@ pub fn copy_from(memory: &GuestMemoryMmap, segments: &[Segment], skip: u64, buf:
     let len = buf.len();
     let mut done = 0;
     each_piece(segments, skip, len, |addr, n| {
-        let ok = memory.read_slice(&mut buf[done..done + n], addr).is_ok();
+        let to = &mut buf[done..done + n];
         done += n;
-        ok
+        match vm_memory::GuestMemoryBackend::get_slice(memory, addr, n) {
+            Ok(piece) => piece.copy_to(to) == n,
+            // In more than one region, or outside.
+            Err(_) => memory.read_slice(to, addr).is_ok(),
+        }
     }) && done == len
 }
 
@@ -330,9 +334,16 @@ pub fn copy_from(memory: &GuestMemoryMmap, segments: &[Segment], skip: u64, buf:
 pub fn copy_to(memory: &GuestMemoryMmap, segments: &[Segment], skip: u64, buf: &[u8]) -> bool {
     let mut done = 0;
     each_piece(segments, skip, buf.len(), |addr, n| {
-        let ok = memory.write_slice(&buf[done..done + n], addr).is_ok();
+        let from = &buf[done..done + n];
         done += n;
-        ok
+        match vm_memory::GuestMemoryBackend::get_slice(memory, addr, n) {
+            Ok(piece) => {
+                piece.copy_from(from);
+                true
+            }
+            // As above.
+            Err(_) => memory.write_slice(from, addr).is_ok(),
+        }
     }) && done == buf.len()
 }
 
