@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::peers::PeerArg;
 use crate::results::{Measured, ResultFile};
 use crate::signal::interrupted;
-use crate::{api, boot, density, io, linux, report};
+use crate::{api, boot, churn, costs, density, io, jail, linux, report};
 
 /// What `all` runs, and where its results go.
 #[derive(clap::Args)]
@@ -140,6 +140,26 @@ const BENCHES: &[Bench] = &[
         name: "api",
         needs: &[Need::Kvm],
         run: |_| Ok((api::PROBE, Measured::Api(api::probe(&api::ApiArgs::default())?))),
+    },
+    Bench {
+        name: "costs-lab",
+        needs: &[Need::Lab],
+        run: |_| Ok((costs::LAB, Measured::Costs(costs::lab()?))),
+    },
+    Bench {
+        name: "churn",
+        needs: &[Need::Kvm],
+        run: |_| Ok((churn::PROBE, Measured::Churn(churn::probe(20.0, 10)?))),
+    },
+    Bench {
+        name: "jail",
+        needs: &[Need::Kvm],
+        run: |_| {
+            Ok((
+                jail::METHOD,
+                Measured::Jail(jail::measure(&jail::JailArgs::default())?),
+            ))
+        },
     },
     Bench {
         name: "density-probe",

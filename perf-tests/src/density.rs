@@ -204,7 +204,7 @@ fn own_descriptors() -> Result<u32> {
 
 /// Raises this process's limit of descriptors to `needed`.
 #[allow(unsafe_code)]
-fn allow_descriptors(needed: u64) -> Result<()> {
+pub fn allow_descriptors(needed: u64) -> Result<()> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,

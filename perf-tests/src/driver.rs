@@ -1,17 +1,20 @@
 //! Starts one `shoal-vmm` the way a host does, with nothing else of a host around it, and one floor program.
 
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use shoal_devices::spec::FdSlot;
 use shoal_jailer::{
-    Executable, HandOver, IdAllocator, IdRange, Jail, JailSpec, Jailer, JailerConfig, Mode, Rlimits, cgroup,
+    Executable, HandOver, IdAllocator, IdRange, Ids, Jail, JailSpec, Jailer, JailerConfig, Mode, Rlimits,
+    cgroup,
 };
 use shoal_vmm::channel::HostChannel;
 use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
@@ -76,7 +79,8 @@ pub enum Way<'a> {
 pub struct Jails {
     jailer: Jailer,
     vmm: Executable,
-    ids: std::cell::RefCell<IdAllocator>,
+    ids: Rc<RefCell<IdAllocator>>,
+    started: Cell<u64>,
     seccomp: &'static str,
 }
 
@@ -104,7 +108,8 @@ impl Jails {
         Ok(Self {
             jailer,
             vmm: Executable::from_path(&vmm.canonicalize()?)?,
-            ids: IdAllocator::new(users).into(),
+            ids: Rc::new(IdAllocator::new(users).into()),
+            started: 0.into(),
             seccomp,
         })
     }
@@ -116,6 +121,7 @@ impl Jails {
 
     fn spawn(&self, control: &OwnedFd) -> Result<Jailed> {
         let ids = self.ids.borrow_mut().allocate()?;
+        self.started.set(self.started.get() + 1);
         let arguments = [
             "shoal-vmm",
             "--guest-id",
@@ -136,7 +142,7 @@ impl Jails {
         let jail = self.jailer.spawn(
             &self.vmm,
             &JailSpec {
-                id: &"perf".parse()?,
+                id: &format!("perf-{}-{}", std::process::id(), self.started.get()).parse()?,
                 ids,
                 argv: &argv,
                 fds: &[control],
@@ -150,19 +156,28 @@ impl Jails {
                 core_scheduling: false,
                 die_with_parent: true,
             },
-        )?;
-        self.ids.borrow_mut().release(ids);
-        Ok(Jailed(Some(jail)))
+        );
+        let jail = jail.inspect_err(|_| self.ids.borrow_mut().release(ids))?;
+        Ok(Jailed {
+            jail: Some(jail),
+            ids: self.ids.clone(),
+            taken: ids,
+        })
     }
 }
 
 /// A jail that ends when it is dropped, also on the way out of an error.
-struct Jailed(Option<Jail>);
+struct Jailed {
+    jail: Option<Jail>,
+    ids: Rc<RefCell<IdAllocator>>,
+    taken: Ids,
+}
 
 impl Drop for Jailed {
     fn drop(&mut self) {
         // As for `Reaped`.
-        drop(self.0.take().map(Jail::destroy));
+        drop(self.jail.take().map(Jail::destroy));
+        self.ids.borrow_mut().release(self.taken);
     }
 }
 
@@ -276,7 +291,7 @@ impl Ends for Reaped {
 
 impl Ends for Jailed {
     fn pid(&self) -> u32 {
-        self.0.as_ref().map_or(0, |jail| jail.pid.unsigned_abs())
+        self.jail.as_ref().map_or(0, |jail| jail.pid.unsigned_abs())
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::costs::{self, Cost};
 use crate::linux::{self, Ours};
 use crate::results::{LinuxBoot, Stage};
 
@@ -24,10 +25,19 @@ struct Baseline {
     figure: Figure,
     /// Growth that is let pass (percent): another build of the guest's kernel is not the same to the instruction.
     tolerance_percent: f64,
-    /// Process start to the first line of init (ms).
+    /// Of a boot: process start to the first line of init (ms).
+    #[serde(default, skip_serializing_if = "is_zero")]
     init_ms: f64,
-    /// When each stage was reached (ms).
+    /// Of a boot: when each stage was reached (ms).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     stages: Vec<Stage>,
+    /// What the host pays.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    costs: Vec<Cost>,
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 /// What can be held.
@@ -39,6 +49,9 @@ enum Figure {
     /// The result of `shoal-perf boot --lab --image`.
     #[serde(rename = "boot --lab --image")]
     BootLabImage,
+    /// The result of `shoal-perf costs --lab`.
+    #[serde(rename = "costs --lab")]
+    CostsLab,
 }
 
 /// Why a baseline is refused.
@@ -100,10 +113,19 @@ impl Baseline {
                 return Err(Refused::Absurd(path.into(), figure));
             }
         }
-        match baseline.init_ms > 0.0 && baseline.init_ms < 1e9 {
+        if let Some(bad) = baseline.costs.iter().find(|c| !(0.0..1e9).contains(&c.us)) {
+            return Err(Refused::Absurd(path.into(), bad.us));
+        }
+        let boots = baseline.figure != Figure::CostsLab;
+        match !boots || (baseline.init_ms > 0.0 && baseline.init_ms < 1e9) {
             true => Ok(baseline),
             false => Err(Refused::Absurd(path.into(), baseline.init_ms)),
         }
+    }
+
+    fn save(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("writing the baseline {}", path.display()))
     }
 
     fn compare(&self, now: &LinuxBoot) -> Verdict {
@@ -151,11 +173,14 @@ pub fn check(paths: &[PathBuf], update: bool) -> Result<()> {
         let now = match baseline.figure {
             Figure::BootLab => linux::lab(&Ours::Reference.resolve()?, RUNS)?,
             Figure::BootLabImage => linux::lab(&Ours::Image.resolve()?, RUNS)?,
+            Figure::CostsLab => {
+                regressions.extend(check_costs(path, baseline, update)?);
+                continue;
+            }
         };
         if update {
             (baseline.init_ms, baseline.stages) = (now.init_ms, now.stages);
-            let text = serde_json::to_string_pretty(&baseline)? + "\n";
-            std::fs::write(path, text).with_context(|| format!("writing the baseline {}", path.display()))?;
+            baseline.save(path)?;
             println!("{}: now {:.3} ms", path.display(), baseline.init_ms);
             continue;
         }
@@ -180,6 +205,28 @@ pub fn check(paths: &[PathBuf], update: bool) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Measures the host's costs again; the file's name if one grew.
+fn check_costs(path: &Path, mut baseline: Baseline, update: bool) -> Result<Option<String>> {
+    let now = costs::lab()?;
+    if update {
+        baseline.costs = now.costs;
+        baseline.save(path)?;
+        println!("{}: now {} costs", path.display(), baseline.costs.len());
+        return Ok(None);
+    }
+    let grown = costs::grown(&baseline.costs, &now.costs, baseline.tolerance_percent)?;
+    let (file, tolerance) = (path.display(), baseline.tolerance_percent);
+    println!(
+        "{file}: {} costs, {} grown (tolerance {tolerance} %)",
+        baseline.costs.len(),
+        grown.len()
+    );
+    for what in &grown {
+        println!("  WORSE: {what}");
+    }
+    Ok((!grown.is_empty()).then(|| file.to_string()))
 }
 
 fn tell(verdict: &Verdict) -> String {
@@ -213,6 +260,7 @@ mod tests {
             tolerance_percent: 2.0,
             init_ms: 100.0,
             stages: stages(&[("A", 10.0), ("B", 30.0), ("C", 100.0)]),
+            costs: vec![],
         }
     }
 

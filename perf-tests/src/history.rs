@@ -62,6 +62,22 @@ pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),
         ],
         Measured::Io(io) => io.headlines(),
+        Measured::Churn(churn) => vec![("Churn: start of a guest".into(), "ms", churn.start.median_ms)],
+        Measured::Jail(cost) => {
+            let each = cost.conditions.iter();
+            each.map(|c| {
+                (
+                    format!("The jail adds, {}", crate::jail::name(c)),
+                    "ms",
+                    c.adds_ms,
+                )
+            })
+            .collect()
+        }
+        Measured::Costs(costs) => {
+            let each = costs.costs.iter();
+            each.map(|c| (format!("Cost: {}", c.name), "µs", c.us)).collect()
+        }
         Measured::Api(api) => {
             let most = api.points.last();
             let calls = most.iter().flat_map(|p| p.calls.iter().map(|c| (p.guests, c)));

@@ -6,6 +6,10 @@
 mod all;
 mod api;
 mod boot;
+mod churn;
+mod costs;
+#[allow(unsafe_code)]
+mod counter;
 mod daemon;
 mod density;
 mod driver;
@@ -13,9 +17,12 @@ mod gate;
 mod hdr;
 mod history;
 mod io;
+mod jail;
 mod lab;
 mod linux;
 mod machine;
+#[allow(unsafe_code)]
+mod mounts;
 mod peers;
 mod plot;
 mod report;
@@ -58,6 +65,10 @@ enum Command {
     Vsock(VsockCommand),
     /// Latency of each call of the API, against the number of guests that run
     Api(ApiArgs),
+    /// What the jail adds to a start: alone, beside other jails, and with many mounts
+    Jail(JailArgs),
+    /// Instructions and system calls that the host pays for a VMM's start and for each call of the API
+    Costs(CostsArgs),
     /// Every benchmark that can run here, and the report
     All(all::AllArgs),
     /// Measures what each baseline file holds again, and fails when a figure grew by more than the file tolerates
@@ -116,6 +127,8 @@ struct DensityArgs {
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     guests: u32,
     #[command(flatten)]
+    churn: churn::ChurnArgs,
+    #[command(flatten)]
     out: OutArgs,
 }
 
@@ -159,6 +172,27 @@ struct ApiArgs {
 }
 
 #[derive(clap::Args)]
+struct JailArgs {
+    #[command(flatten)]
+    jail: jail::JailArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
+#[command(group(clap::ArgGroup::new("costs_place").required(true).args(["here", "lab"])))]
+struct CostsArgs {
+    /// On this machine
+    #[arg(long)]
+    here: bool,
+    /// In the lab, where time is counted in instructions
+    #[arg(long)]
+    lab: bool,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
 struct CheckArgs {
     /// Baselines, as perf-tests/baselines holds them
     #[arg(required = true, value_name = "BASELINE")]
@@ -194,6 +228,19 @@ fn main() -> anyhow::Result<()> {
         Command::Net(args) => measure_io(|| io::net::measure(&args.net), &args.out),
         Command::Vsock(args) => measure_io(|| io::vsock::measure(&args.vsock), &args.out),
         Command::Api(args) => measure_api(&args),
+        Command::Jail(args) => {
+            let machine = Machine::here();
+            let cost = jail::measure(&args.jail)?;
+            deliver(jail::METHOD, machine, Measured::Jail(cost), &args.out)
+        }
+        Command::Costs(args) => {
+            let machine = Machine::here();
+            let (method, costs) = match args.lab {
+                true => (costs::LAB, costs::lab()?),
+                false => (costs::HERE, costs::here()?),
+            };
+            deliver(method, machine, Measured::Costs(costs), &args.out)
+        }
         Command::Report(args) => {
             report::write(&args.results, &args.history, &args.output, args.svg.as_deref())
         }
@@ -226,7 +273,24 @@ fn measure_io(
     deliver(io::METHOD, machine, Measured::Io(measure()?), out)
 }
 
+fn measure_churn(args: &DensityArgs, rate: f64) -> anyhow::Result<()> {
+    let machine = Machine::here();
+    let (method, churn) = match args.lab {
+        true => (churn::LAB, churn::lab(rate, args.churn.seconds)?),
+        false => (churn::PROBE, churn::probe(rate, args.churn.seconds)?),
+    };
+    let left = churn.verdict();
+    deliver(method, machine, Measured::Churn(churn), &args.out)?;
+    match left {
+        None => Ok(()),
+        Some(left) => anyhow::bail!("left behind: {left}"),
+    }
+}
+
 fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
+    if let Some(rate) = args.churn.churn {
+        return measure_churn(args, rate);
+    }
     let machine = Machine::here();
     let (method, density) = match args.lab {
         true => (density::LAB, density::lab(args.guests)?),

@@ -1,12 +1,13 @@
 //! One self-contained page from results files: figures, plots, and how and on what each was measured.
 
+#[path = "report_host.rs"]
+mod host;
+
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::api::Api;
-use crate::daemon::Census;
 use crate::gate::durations;
 use crate::history;
 use crate::machine::Machine;
@@ -136,7 +137,10 @@ fn section(path: &Path, result: &ResultFile) -> Section {
         Measured::BootLinux(boot) => linux_boot(boot),
         Measured::Density(density) => density_run(density),
         Measured::Io(io) => crate::io::report::section(io),
-        Measured::Api(api) => api_calls(api),
+        Measured::Api(api) => host::api_calls(api),
+        Measured::Churn(churn) => host::churn(churn),
+        Measured::Jail(cost) => host::jail(cost),
+        Measured::Costs(costs) => host::costs(costs),
     };
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let mut html = format!(
@@ -160,7 +164,7 @@ fn section(path: &Path, result: &ResultFile) -> Section {
 }
 
 /// Its title, its figures, and its plots with their names.
-type Part = (String, String, Vec<(&'static str, Plot)>);
+pub type Part = (String, String, Vec<(&'static str, Plot)>);
 
 fn probe_boot(boot: &ProbeBoot) -> Part {
     let mut html = format!(
@@ -339,73 +343,16 @@ fn density_run(d: &Density) -> Part {
     ("Density".into(), html, plots)
 }
 
-fn api_calls(api: &Api) -> Part {
-    let jailed = if api.jailed { "jailed" } else { "not jailed" };
-    let mut html = format!("<p>Guests {jailed}. Milliseconds.</p>\n");
-    for point in &api.points {
-        let head = format!(
-            "<table><tr><th>with {} guests running<th class=n>median<th class=n>p90<th class=n>p99<th class=n>longest</tr>",
-            point.guests
-        );
-        line(&mut html, &head);
-        for c in &point.calls {
-            let figures = [c.median_ms, c.p90_ms, c.p99_ms, c.max_ms];
-            let figures = figures.map(|f| format!("<td class=n>{}", short(f))).concat();
-            line(&mut html, &format!("<tr><td>{}{figures}</tr>", escape(&c.name)));
-        }
-        line(&mut html, "</table>");
-    }
-    html.push_str(&leaks(&api.leaks));
-    let names: Vec<&str> = api
-        .points
-        .iter()
-        .flat_map(|p| &p.calls)
-        .map(|c| c.name.as_str())
-        .collect();
-    let mut curves: Vec<(&str, Vec<(f64, f64)>)> = Vec::new();
-    for name in names {
-        if !curves.iter().any(|c| c.0 == name) {
-            let points = api.points.iter().filter_map(|p| {
-                let call = p.calls.iter().find(|c| c.name == name)?;
-                Some((f64::from(p.guests), call.median_ms))
-            });
-            curves.push((name, points.collect()));
-        }
-    }
-    let mut plots = vec![(
-        "calls",
-        plot::over_guests("Median latency of calls against guests", "ms", &curves, false),
-    )];
-    if let Some(last) = api.points.last() {
-        let series: Vec<(&str, &[f64])> = last
-            .calls
-            .iter()
-            .map(|c| (c.name.as_str(), c.samples_ms.as_slice()))
-            .collect();
-        let title = format!("Latency of calls with {} guests, distribution", last.guests);
-        plots.push(("distribution", plot::cdf(&title, &series)));
-    }
-    ("Calls of the API".into(), html, plots)
-}
-
-/// What was left behind, in a sentence.
-fn leaks(census: &Census) -> String {
-    let rows = census.rows().map(|(name, n)| format!("{n} {name}"));
-    format!(
-        "<p>Left behind when all guests had been deleted: {}.</p>\n",
-        rows.join(", ")
-    )
-}
-
 /// A count without a point, another figure with three digits.
-fn plain(value: f64) -> String {
+pub fn plain(value: f64) -> String {
     match value.fract() == 0.0 {
         true => format!("{value:.0}"),
         false => short(value),
     }
 }
 
-fn line(html: &mut String, text: &str) {
+/// Adds a line.
+pub fn line(html: &mut String, text: &str) {
     writeln!(html, "{text}").expect("a String takes all text");
 }
 

@@ -8,7 +8,10 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::api::Api;
+use crate::churn::Churn;
+use crate::costs::Costs;
 use crate::io::results::IoResult;
+use crate::jail::JailCost;
 use crate::machine::Machine;
 use crate::stats::{median, quantile, ratio_interval};
 
@@ -17,6 +20,7 @@ pub const SCHEMA: u32 = 1;
 /// A larger file is none of ours.
 const MAX_BYTES: u64 = 64 << 20;
 const MAX_SAMPLES: usize = 100_000;
+/// Things that a result lists, at most.
 pub const MAX_SUBJECTS: usize = 64;
 const MAX_TEXT: usize = 4096;
 /// No figure of ours is larger: 10^9 ms are eleven days.
@@ -95,6 +99,12 @@ pub enum Measured {
     Io(IoResult),
     /// `api`.
     Api(Api),
+    /// `density --churn`.
+    Churn(Churn),
+    /// `jail`.
+    Jail(JailCost),
+    /// `costs`.
+    Costs(Costs),
 }
 
 /// Boots of the probe guest by several programs, in turns. Times in ms.
@@ -319,6 +329,9 @@ impl ResultFile {
             Measured::Density(density) => density.check(),
             Measured::Io(io) => io.check(),
             Measured::Api(api) => api.check(),
+            Measured::Churn(churn) => churn.check(),
+            Measured::Jail(cost) => cost.check(),
+            Measured::Costs(costs) => costs.check(),
         }
     }
 
@@ -333,6 +346,9 @@ impl ResultFile {
                 Measured::Density(density) => crate::density::print(density),
                 Measured::Io(result) => crate::io::print(result),
                 Measured::Api(api) => crate::api::print(api),
+                Measured::Churn(churn) => crate::churn::print(churn),
+                Measured::Jail(cost) => crate::jail::print(cost),
+                Measured::Costs(costs) => crate::costs::print(costs),
             }
             if self.interrupted {
                 println!("  interrupted: these are the figures up to then");

@@ -33,9 +33,19 @@ pub fn slope(points: &[(f64, f64)]) -> Option<f64> {
 /// Resamplings behind a confidence interval.
 const RESAMPLES: usize = 2000;
 
-/// The 95 % confidence interval of the ratio of two medians, by the percentile bootstrap. The samples of one turn share
-/// the machine's state at that time, so that turns are drawn as pairs. The same samples give the same interval.
+/// The 95 % confidence interval of the ratio of two medians.
 pub fn ratio_interval(over: &[f64], under: &[f64]) -> (f64, f64) {
+    interval(over, under, |a, b| a / b)
+}
+
+/// The 95 % confidence interval of the difference of two medians.
+pub fn difference_interval(larger: &[f64], smaller: &[f64]) -> (f64, f64) {
+    interval(larger, smaller, |a, b| a - b)
+}
+
+/// By the percentile bootstrap. The samples of one turn share the machine's state at that time, so that turns are drawn
+/// as pairs. The same samples give the same interval.
+fn interval(over: &[f64], under: &[f64], of: impl Fn(f64, f64) -> f64) -> (f64, f64) {
     let turns = over.len().min(under.len());
     if turns == 0 {
         return (0.0, 0.0);
@@ -48,7 +58,7 @@ pub fn ratio_interval(over: &[f64], under: &[f64]) -> (f64, f64) {
             let pick = random.below(turns);
             (a[i], b[i]) = (over[pick], under[pick]);
         }
-        ratios.push(median(&a) / median(&b));
+        ratios.push(of(median(&a), median(&b)));
     }
     (quantile(&ratios, 0.025), quantile(&ratios, 0.975))
 }
@@ -106,5 +116,6 @@ mod tests {
         assert!(width(1000) < width(10));
         assert_eq!(ratio_interval(&[6.0; 5], &[2.0; 5]), (3.0, 3.0));
         assert_eq!(ratio_interval(&[], &[1.0]), (0.0, 0.0));
+        assert_eq!(difference_interval(&[6.0; 5], &[2.0; 5]), (4.0, 4.0));
     }
 }

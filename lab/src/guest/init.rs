@@ -84,6 +84,13 @@ pub fn prepare() -> Result<(), GuestError> {
         libc::MS_NOSUID | libc::MS_NODEV,
         "",
     )?;
+    mount(
+        "tracefs",
+        "/sys/kernel/tracing",
+        "tracefs",
+        libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+        "mode=0700",
+    )?;
     // /tmp and /run stay on the root, which is in memory anyway: files may have been copied there.
     fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777))
         .attempt(|| "open /tmp to everybody".into())?;
