@@ -31,7 +31,7 @@ pub fn block() -> Box<dyn VirtioDevice> {
 
 /// An entropy device.
 pub fn rng() -> Box<dyn VirtioDevice> {
-    build(AnyDeviceSpec::Rng(RngSpec {}), Vec::new())
+    build(AnyDeviceSpec::Rng(RngSpec::default()), Vec::new())
 }
 
 /// A network device, and the other end of its wire.
@@ -42,7 +42,7 @@ pub fn net() -> (Box<dyn VirtioDevice>, UnixStream) {
     let spec = NetSpec {
         fd: FdSlot(0),
         mac: [2; 6],
-        mtu: None,
+        ..NetSpec::default()
     };
     (spec.over_socket(near.into()).expect("a device"), far)
 }
@@ -58,6 +58,7 @@ pub fn vsock() -> (Box<dyn VirtioDevice>, [OwnedFd; 2]) {
         cid: 3,
         listener: FdSlot(0),
         broker: FdSlot(1),
+        ..VsockSpec::default()
     };
     (build(AnyDeviceSpec::Vsock(spec), fds), listeners)
 }

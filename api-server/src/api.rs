@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json as JsonAnswer, Router};
 use serde::Deserialize;
 use shoal_api_types::{
-    CONSOLE_LOST, CONSOLE_NEXT, CreateGuest, Guest, Guests, Health, Problem, StopGuest, Version,
+    CONSOLE_LOST, CONSOLE_NEXT, CreateGuest, Guest, Guests, Health, Problem, SetLimits, StopGuest, Version,
 };
 use shoal_host::{ConsoleReader, Host, chain, now_ns};
 use utoipa::openapi::OpenApi;
@@ -30,6 +30,7 @@ pub fn router(host: Host) -> (Router, OpenApi) {
         .routes(routes!(show, delete))
         .routes(routes!(start))
         .routes(routes!(stop))
+        .routes(routes!(limit))
         .routes(routes!(console, type_in))
         .routes(routes!(version))
         .routes(routes!(health))
@@ -218,6 +219,24 @@ async fn stop(
         );
     }
     let view = host.stop(&guest, Duration::from_millis(stop.deadline_ms)).await?;
+    Ok(JsonAnswer(convert::guest(&view, None)))
+}
+
+/// Changes limits of a guest's devices: at once if it runs, and for its next starts.
+#[utoipa::path(
+    patch, path = "/v1/guests/{guest}/limits", tag = "guests", params(("guest" = String, Path, description = "id or name")),
+    request_body = SetLimits,
+    responses(
+        (status = 200, description = "they are in force", body = Guest),
+        (status = "default", description = "a problem", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn limit(
+    State(host): State<Host>,
+    Path(guest): Path<String>,
+    Json(set): Json<SetLimits>,
+) -> Answer<JsonAnswer<Guest>> {
+    let view = host.set_limits(&guest, convert::limit_changes(set)).await?;
     Ok(JsonAnswer(convert::guest(&view, None)))
 }
 

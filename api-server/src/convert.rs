@@ -2,7 +2,10 @@
 
 use axum::http::StatusCode;
 use shoal_api_types as api;
-use shoal_host::{GuestSpec, GuestView, Mac, MemoryFigures, State, StopReason};
+use shoal_host::{
+    GuestSpec, GuestView, LimitChanges, Mac, MemoryFigures, NetworkLimits, Rate, RateLimits, State,
+    StopReason,
+};
 
 use crate::problem::ApiError;
 
@@ -21,6 +24,7 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
                 api::DiskEngine::Sync => shoal_host::DiskEngine::Sync,
                 api::DiskEngine::IoUring => shoal_host::DiskEngine::IoUring,
             },
+            limits: limits(disk.limits),
         });
     let networks = guest.networks.into_iter().enumerate().map(|(i, network)| {
         let mac = network
@@ -39,6 +43,8 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
         Ok(shoal_host::Network {
             tap: network.tap,
             mac,
+            rx_limits: limits(network.rx_limits),
+            tx_limits: limits(network.tx_limits),
         })
     });
     Ok(GuestSpec {
@@ -50,9 +56,51 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
         memory_mib: guest.memory_mib,
         disks: disks.collect(),
         networks: networks.collect::<Result<_, ApiError>>()?,
-        vsock: guest.vsock.map(|vsock| shoal_host::Vsock { cid: vsock.cid }),
+        vsock: guest.vsock.map(|vsock| shoal_host::Vsock {
+            cid: vsock.cid,
+            limits: limits(vsock.limits),
+        }),
         console_kib: guest.console.keep_kib,
+        rng_limits: limits(guest.rng.limits),
     })
+}
+
+fn limits(limits: api::Limits) -> RateLimits {
+    let rate = |rate: api::Rate| Rate {
+        per_second: rate.per_second,
+        burst: rate
+            .burst
+            .unwrap_or_else(|| Rate::per_second(rate.per_second).burst),
+    };
+    RateLimits {
+        bandwidth: limits.bandwidth.map(rate),
+        operations: limits.operations.map(rate),
+    }
+}
+
+fn shown_limits(limits: RateLimits) -> api::Limits {
+    let rate = |rate: Rate| api::Rate {
+        per_second: rate.per_second,
+        burst: Some(rate.burst),
+    };
+    api::Limits {
+        bandwidth: limits.bandwidth.map(rate),
+        operations: limits.operations.map(rate),
+    }
+}
+
+/// Limits that are to be changed.
+pub fn limit_changes(set: api::SetLimits) -> LimitChanges {
+    let networks = set.networks.into_iter().map(|(tap, network)| {
+        let (rx, tx) = (network.rx.map(limits), network.tx.map(limits));
+        (tap, NetworkLimits { rx, tx })
+    });
+    LimitChanges {
+        disks: set.disks.into_iter().map(|(id, l)| (id, limits(l))).collect(),
+        networks: networks.collect(),
+        vsock: set.vsock.map(limits),
+        rng: set.rng.map(limits),
+    }
 }
 
 /// A guest as clients see it.
@@ -95,6 +143,7 @@ pub fn guest(view: &GuestView, memory: Option<MemoryFigures>) -> api::Guest {
                     shoal_host::DiskEngine::Sync => api::DiskEngine::Sync,
                     shoal_host::DiskEngine::IoUring => api::DiskEngine::IoUring,
                 },
+                limits: shown_limits(d.limits),
             })
             .collect(),
         networks: spec
@@ -103,14 +152,20 @@ pub fn guest(view: &GuestView, memory: Option<MemoryFigures>) -> api::Guest {
             .map(|n| api::Network {
                 tap: n.tap.clone(),
                 mac: n.mac.map(|mac| mac.to_string()),
+                rx_limits: shown_limits(n.rx_limits),
+                tx_limits: shown_limits(n.tx_limits),
             })
             .collect(),
         vsock: view.vsock.as_ref().map(|v| api::GuestVsock {
             cid: v.cid,
             socket: text(&v.socket),
+            limits: shown_limits(spec.vsock.as_ref().map(|v| v.limits).unwrap_or_default()),
         }),
         console: api::Console {
             keep_kib: spec.console_kib,
+        },
+        rng: api::Rng {
+            limits: shown_limits(spec.rng_limits),
         },
         timeline: view
             .timeline

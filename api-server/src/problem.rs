@@ -111,7 +111,13 @@ fn class(error: &HostError) -> (StatusCode, &'static str, &'static str, &'static
             "The guest could not be started",
             "`shoal doctor` tells what this machine can run",
         ),
-        HostError::Link(_) | HostError::Io { .. } | HostError::Store(_) => (
+        HostError::NotDone { failure, .. } if failure.field.is_some() => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "invalid-field",
+            "A field cannot be used",
+            "",
+        ),
+        HostError::NotDone { .. } | HostError::Link(_) | HostError::Io { .. } | HostError::Store(_) => (
             StatusCode::INTERNAL_SERVER_ERROR,
             "internal",
             "The daemon could not do it",

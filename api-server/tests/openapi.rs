@@ -7,13 +7,14 @@ use std::collections::BTreeSet;
 use common::Daemon;
 use serde_json::Value;
 
-const ROUTES: [(&str, &str); 11] = [
+const ROUTES: [(&str, &str); 12] = [
     ("/v1/guests", "get"),
     ("/v1/guests", "post"),
     ("/v1/guests/{guest}", "delete"),
     ("/v1/guests/{guest}", "get"),
     ("/v1/guests/{guest}/console", "get"),
     ("/v1/guests/{guest}/console", "post"),
+    ("/v1/guests/{guest}/limits", "patch"),
     ("/v1/guests/{guest}/start", "post"),
     ("/v1/guests/{guest}/stop", "post"),
     ("/v1/health", "get"),
@@ -65,6 +66,9 @@ fn names_every_route_and_schema() {
         "Guest",
         "Guests",
         "StopGuest",
+        "SetLimits",
+        "Limits",
+        "Rate",
         "Problem",
         "Version",
         "Health",

@@ -102,6 +102,11 @@ impl Client {
         self.json(Method::POST, path, serde_json::to_vec(body)?).await
     }
 
+    /// PATCH.
+    pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T> {
+        self.json(Method::PATCH, path, serde_json::to_vec(body)?).await
+    }
+
     /// DELETE.
     pub async fn delete(&self, path: &str) -> Result<()> {
         self.send(Method::DELETE, path, "", Vec::new()).await.map(drop)

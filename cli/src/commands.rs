@@ -8,7 +8,7 @@ use hyper::Method;
 use shoal_api_types::{Guest, GuestState, Guests, StopGuest};
 
 use crate::client::{Client, guest_path};
-use crate::{error, output};
+use crate::{devices, error, output};
 
 /// Prints to standard output; a reader that has gone away (`| head`) ends the program quietly.
 pub fn print(text: &str) -> Result<()> {
@@ -91,6 +91,13 @@ pub async fn stop(client: &Client, guests: &[String], timeout: f64) -> Result<()
         print(&format!("{}: {how}\n", guest.id))
     })
     .await
+}
+
+/// `shoal limit`.
+pub async fn limit(client: &Client, guest: &str, device: &str, limits: &[String]) -> Result<()> {
+    let body = devices::set_limits(device, limits)?;
+    let guest: Guest = client.patch(&guest_path(guest, "/limits"), &body).await?;
+    print(&format!("{}\n", guest.id))
 }
 
 /// `shoal rm`.

@@ -49,6 +49,11 @@ async fn dispatch(options: Options) -> anyhow::Result<ExitCode> {
         Command::Logs { guest, follow } => commands::logs(&client, &guest, follow).await.map(done),
         Command::Start { guests } => commands::start(&client, &guests).await.map(done),
         Command::Stop { guests, timeout } => commands::stop(&client, &guests, timeout).await.map(done),
+        Command::Limit {
+            guest,
+            device,
+            limits,
+        } => commands::limit(&client, &guest, &device, &limits).await.map(done),
         Command::Rm { guests, force } => commands::rm(&client, &guests, force).await.map(done),
         Command::Doctor { json, vmm } => doctor::doctor(json, vmm).await,
         Command::Completion { shell } => {

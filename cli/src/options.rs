@@ -76,6 +76,18 @@ pub enum Command {
         #[arg(short, long, default_value_t = 10.0, value_name = "SECONDS", value_parser = seconds)]
         timeout: f64,
     },
+    /// Limit a device of a guest otherwise, at once if it runs.
+    #[command(after_help = LIMIT_HELP)]
+    Limit {
+        /// Id or name.
+        guest: String,
+        /// disk:ID, tap:NAME:rx, tap:NAME:tx, vsock or rng.
+        device: String,
+        /// bandwidth=RATE (bytes) and operations=RATE (requests or packets), or none. What is missing is not limited any
+        /// more.
+        #[arg(required = true)]
+        limits: Vec<String>,
+    },
     /// Forget guests and remove their files (not their disks).
     Rm {
         /// Ids or names.
@@ -103,6 +115,16 @@ pub enum Command {
     },
 }
 
+const LIMIT_HELP: &str = "\
+A RATE is per second, and may say after a slash how much may be done at once after a time of rest
+(a tenth of a second's worth when it does not): 500, 10M, 10M/1M. K, M and G are powers of 1024 for
+bytes, of 1000 for operations. A request larger than that passes, and those after it pay for it.
+
+Examples:
+  shoal limit web disk:disk0 bandwidth=10M/1M operations=500
+  shoal limit web tap:tap0:rx bandwidth=12500K
+  shoal limit web disk:disk0 none";
+
 const RUN_HELP: &str = "\
 Without --kernel, the guest is Shoal's own JeOS image from --image: its kernel, and its root file
 system as the first, read-only disk. What follows `--` is run in it; the guest powers off when that
@@ -116,7 +138,7 @@ nothing was run, 2 for wrong usage.
 Examples:
   shoal run                                         the image's own program, then power off
   shoal run --timeline -- cat /proc/cpuinfo
-  shoal run --cpus 4 --memory 1G --disk data.img --disk tools.img:ro
+  shoal run --cpus 4 --memory 1G --disk data.img:io_uring:operations=1000 --disk tools.img:ro
   shoal run --kernel bzImage --initrd root.cpio --cmdline 'console=ttyS0' --rm
   shoal run --detach --name web --tap tap0";
 
@@ -148,11 +170,13 @@ pub struct Run {
     /// Memory: 128M, 2G; without a unit in MiB.
     #[arg(long, default_value = "128M", value_name = "SIZE", value_parser = mebibytes)]
     pub memory: u64,
-    /// A disk; `:ro` makes it read-only, `:io_uring` has its requests done many at once. May be given again.
-    #[arg(long = "disk", value_name = "PATH[:ro][:io_uring]")]
+    /// A disk. Words behind it: `ro` makes it read-only, `io_uring` has its requests done many at once, `bandwidth=RATE`
+    /// and `operations=RATE` limit it (see shoal limit --help). May be given again.
+    #[arg(long = "disk", value_name = "PATH[:WORD]…")]
     pub disks: Vec<String>,
-    /// A network interface on an existing TAP. May be given again.
-    #[arg(long = "tap", value_name = "NAME")]
+    /// A network interface on an existing TAP. Words behind it limit it: `rx.bandwidth=RATE`, `rx.operations=RATE` (to the
+    /// guest), `tx.bandwidth=RATE`, `tx.operations=RATE`. May be given again.
+    #[arg(long = "tap", value_name = "NAME[:WORD]…")]
     pub taps: Vec<String>,
     /// A socket device; Shoal's image always has one.
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::devices;
 use shoal_api_types::{DiskEngine, Guest, GuestState, TimelineStep};
 
 /// The table of `shoal ps`.
@@ -126,16 +127,25 @@ pub fn details(g: &Guest) -> String {
             DiskEngine::IoUring => " (io_uring)",
         };
         let id = disk.id.as_deref().unwrap_or("");
-        row("disk", format!("{id} {}{mode}{engine}", disk.path));
+        let limits = devices::shown("", &disk.limits);
+        row("disk", format!("{id} {}{mode}{engine}{limits}", disk.path));
     }
     for network in &g.networks {
-        row(
-            "network",
-            format!("{} {}", network.tap, network.mac.as_deref().unwrap_or("")),
-        );
+        let mac = network.mac.as_deref().unwrap_or("");
+        let limits = devices::shown("rx ", &network.rx_limits) + &devices::shown("tx ", &network.tx_limits);
+        row("network", format!("{} {mac}{limits}", network.tap));
     }
     if let Some(vsock) = &g.vsock {
-        row("vsock", format!("cid {} at {}", vsock.cid, vsock.socket));
+        let limits = devices::shown("", &vsock.limits);
+        row("vsock", format!("cid {} at {}{limits}", vsock.cid, vsock.socket));
+    }
+    if !g.rng.limits.are_none() {
+        row(
+            "entropy",
+            devices::shown("", &g.rng.limits)
+                .trim_start_matches(", ")
+                .to_owned(),
+        );
     }
     let mut text = align(&rows);
     if !g.timeline.is_empty() {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use http_body_util::BodyExt;
 use hyper::Method;
 use shoal_api_types::{
-    Console, CreateGuest, Disk, Guest, Initrd, Kernel, Network, StopGuest, StopReason, Vsock,
+    Console, CreateGuest, Disk, Guest, Initrd, Kernel, Network, Rng, StopGuest, StopReason, Vsock,
 };
 use tokio::io::AsyncReadExt;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -77,7 +77,7 @@ fn describe(options: &Run) -> Result<CreateGuest> {
         }
     };
     for text in &options.disks {
-        let (path, disk) = devices::disk(text);
+        let (path, disk) = devices::disk(text)?;
         disks.push(Disk {
             path: absolute(Path::new(path))?,
             ..disk
@@ -108,13 +108,11 @@ fn describe(options: &Run) -> Result<CreateGuest> {
         networks: options
             .taps
             .iter()
-            .map(|tap| Network {
-                tap: tap.clone(),
-                mac: None,
-            })
-            .collect(),
+            .map(|tap| devices::network(tap))
+            .collect::<Result<Vec<Network>>>()?,
         vsock: vsock.then(Vsock::default),
         console: Console::default(),
+        rng: Rng::default(),
         start: true,
     })
 }

@@ -158,6 +158,22 @@ fn manages_a_guest_that_runs_on() {
         "paths are made absolute"
     );
     assert!(daemon.prints(&["show", id]).contains("overhead of its VMM"));
+    assert_eq!(
+        daemon.prints(&["limit", "web", "rng", "bandwidth=1K/10"]).trim(),
+        id
+    );
+    assert!(
+        daemon
+            .prints(&["show", id])
+            .contains("bandwidth 1024/s (burst 10)")
+    );
+    let refused = daemon.shoal(&["limit", "web", "disk:none", "operations=0"]);
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        stderr.contains("no disk with the id") && stderr.contains("disks.none"),
+        "{stderr}"
+    );
     let follower = std::thread::scope(|scope| {
         let follower = scope.spawn(|| daemon.prints(&["logs", "-f", "web"]));
         assert!(

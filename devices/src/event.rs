@@ -21,6 +21,11 @@ use crate::virtio::{HandlerError, Interrupt, QueueHandler, Stopped};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Token(pub u32);
 
+impl Token {
+    /// Comes from no source: the device's limits were changed, see [`crate::limit`].
+    pub const LIMITS: Token = Token(u32::MAX);
+}
+
 /// What a source is watched for, or has become ready for.
 pub type Readiness = EventSet;
 
@@ -246,6 +251,14 @@ impl EventLoop {
             broken: false,
         });
         Ok(Slot(slot))
+    }
+
+    /// Has every handler handle `token`, which is none of its sources'.
+    pub fn tell(&mut self, token: Token) {
+        let slots: Vec<u32> = self.attached.iter().map(|a| a.slot).collect();
+        for slot in slots {
+            self.serve_handler(slot, token, EventSet::empty());
+        }
     }
 
     /// Detaches from the loop's own thread.

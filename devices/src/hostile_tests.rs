@@ -21,7 +21,7 @@ fn build(spec: AnyDeviceSpec, fds: Vec<OwnedFd>, saved: Option<&Section>) -> Box
 }
 
 fn rng(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
-    build(AnyDeviceSpec::Rng(RngSpec {}), Vec::new(), saved)
+    build(AnyDeviceSpec::Rng(RngSpec::default()), Vec::new(), saved)
 }
 
 fn block(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
@@ -47,8 +47,8 @@ fn disk(engine: EngineKind, saved: Option<&Section>) -> Box<dyn VirtioDevice> {
     let spec = BlockSpec {
         id: "hostile".into(),
         fd: FdSlot(0),
-        read_only: false,
         engine,
+        ..BlockSpec::default()
     };
     build(AnyDeviceSpec::Block(spec), vec![file.into()], saved)
 }
@@ -58,6 +58,7 @@ fn vsock(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
         cid: 3,
         listener: FdSlot(0),
         broker: FdSlot(1),
+        ..VsockSpec::default()
     };
     let fds = [libc::SOCK_STREAM, libc::SOCK_SEQPACKET].map(sockets::listener);
     build(AnyDeviceSpec::Vsock(spec), fds.into(), saved)
@@ -77,7 +78,7 @@ fn net(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
     let spec = NetSpec {
         fd: FdSlot(0),
         mac: [2; 6],
-        mtu: None,
+        ..NetSpec::default()
     };
     if let Some(saved) = saved {
         saved.decode::<crate::virtio::net::NetState>().unwrap();

@@ -8,6 +8,7 @@
 
 pub mod event;
 pub mod legacy;
+pub mod limit;
 pub mod log_limit;
 pub mod spec;
 pub mod sys;

@@ -2,10 +2,12 @@
 //! all in [`AnyDeviceSpec`].
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::limit::{self, DeviceLimits, LimitBoard, LimitCell};
 use crate::virtio::block::BlockSpec;
 use crate::virtio::net::NetSpec;
 use crate::virtio::rng::RngSpec;
@@ -138,6 +140,7 @@ pub struct FdSlot(pub u16);
 /// What a device is built from besides its spec: the descriptors that the host opened.
 pub struct BuildEnv {
     fds: Vec<Option<OwnedFd>>,
+    limits: LimitBoard,
 }
 
 impl BuildEnv {
@@ -145,7 +148,33 @@ impl BuildEnv {
     pub fn new(fds: Vec<OwnedFd>) -> Self {
         Self {
             fds: fds.into_iter().map(Some).collect(),
+            limits: LimitBoard::default(),
         }
+    }
+
+    /// Where the limits of the devices that are built from this can be changed.
+    pub fn limits(&self) -> LimitBoard {
+        self.limits.clone()
+    }
+
+    /// Puts a device's limits into force, and where they can be changed. Every device does it, once.
+    pub(crate) fn limit(
+        &mut self,
+        device: &'static str,
+        limits: DeviceLimits,
+    ) -> Result<Arc<LimitCell>, BuildError> {
+        limit::check(&limits).map_err(|e| BuildError::Invalid {
+            device,
+            what: e.to_string(),
+        })?;
+        let cell = LimitCell::new(limits).map_err(|source| BuildError::Backend {
+            device,
+            what: "making a timer for its limits",
+            source,
+        })?;
+        let cell = Arc::new(cell);
+        self.limits.add(cell.clone());
+        Ok(cell)
     }
 
     /// Takes one descriptor; each can be taken once.

@@ -1,11 +1,10 @@
 //! The few system calls that take raw addresses, each behind a safe function.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-use vmm_sys_util::timerfd::TimerFd;
 
 /// A piece of guest memory, by address. Holds no pointer, so it can outlive the memory and be kept in a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -323,29 +322,50 @@ pub fn socket_option(socket: impl AsFd, name: i32) -> io::Result<i32> {
 }
 
 /// A one-shot timer for the event loop: readable when it has fired.
-pub struct Timer(TimerFd);
+pub struct Timer(OwnedFd);
 
 impl Timer {
     /// A timer that is not set.
     pub fn new() -> io::Result<Self> {
-        let timer = TimerFd::new().map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
-        // SAFETY: the timer is open for as long as it is borrowed here.
-        set_nonblocking(unsafe { BorrowedFd::borrow_raw(timer.as_raw_fd()) })?;
-        Ok(Self(timer))
+        // SAFETY: takes no pointers.
+        let fd =
+            unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK | libc::TFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and ours.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
     /// Has it fire once after `delay`, instead of when it was set to.
-    pub fn set(&mut self, delay: Duration) -> io::Result<()> {
+    pub fn set(&self, delay: Duration) -> io::Result<()> {
         // Zero would switch it off.
-        let delay = delay.max(Duration::from_micros(1));
-        self.0
-            .reset(delay, None)
-            .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+        let delay = delay.max(Duration::from_nanos(1));
+        let never = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let value = libc::itimerspec {
+            it_interval: never,
+            it_value: libc::timespec {
+                tv_sec: libc::time_t::try_from(delay.as_secs()).unwrap_or(libc::time_t::MAX),
+                tv_nsec: delay.subsec_nanos().into(),
+            },
+        };
+        // SAFETY: the kernel reads one itimerspec; the old value is not asked for.
+        let r = unsafe { libc::timerfd_settime(self.0.as_raw_fd(), 0, &value, std::ptr::null_mut()) };
+        if r == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// Whether it has fired since it was asked last; does not block.
-    pub fn take(&mut self) -> bool {
-        self.0.wait().is_ok()
+    pub fn take(&self) -> bool {
+        let mut times = 0_u64;
+        // SAFETY: the kernel writes eight bytes to `times`.
+        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut times).cast(), size_of::<u64>()) > 0 }
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shoal_vmm::protocol::{Event, ExitReason, Message, Reply, Request};
+use shoal_vmm::protocol::{Event, ExitReason, Failure, Message, Reply, Request};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::HostConfig;
@@ -13,6 +13,7 @@ use crate::disk::{DiskUse, DiskUsers};
 use crate::error::{HostError, chain};
 use crate::images::Images;
 use crate::launcher::{Launch, Launcher};
+use crate::limits::{self, LimitChanges};
 use crate::link::Link;
 use crate::log::{LogKeeper, tail};
 use crate::paths::GuestDir;
@@ -24,6 +25,9 @@ use crate::store::{Record, Store};
 use crate::timeline::Stamps;
 use crate::view::GuestView;
 use crate::vsock::Word;
+
+/// How long a VMM may take to answer what it does at once. One that does not is broken, or in hostile hands.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What all guests share.
 #[derive(Debug)]
@@ -49,6 +53,10 @@ pub(crate) enum Call {
     Delete {
         force: bool,
         answer: Answer<()>,
+    },
+    Limit {
+        changes: LimitChanges,
+        answer: Answer<GuestView>,
     },
     TypeIn {
         bytes: Vec<u8>,
@@ -124,6 +132,10 @@ impl Actor {
             }
             Call::Stop { deadline, answer } => self.stop(deadline, answer).await,
             Call::Delete { force, answer } => self.delete(force, answer).await,
+            Call::Limit { changes, answer } => {
+                let result = self.limit(&changes).await;
+                let _ = answer.send(result.map(|()| self.snapshot()));
+            }
             Call::TypeIn { bytes, answer } => match &mut self.running {
                 Some(running) => running.type_in(bytes, answer),
                 None => drop(answer.send(Err(self.wrong_state("type into")))),
@@ -308,6 +320,58 @@ impl Actor {
             }
             (Ok(()), None) => drop(answer.send(Err(self.wrong_state("stop")))),
             (Err(error), _) => drop(answer.send(Err(error))),
+        }
+    }
+
+    /// Changes limits: of the running guest first, then in its description. When the VMM fails at one device, those before
+    /// it stay changed, in both.
+    async fn limit(&mut self, changes: &LimitChanges) -> Result<(), HostError> {
+        let mut result = Ok(());
+        for change in changes.of(&self.record.spec)? {
+            result = self.limit_running(change).await;
+            if result.is_err() {
+                break;
+            }
+            change.apply(&mut self.record.spec);
+        }
+        if self.over {
+            // Deleted meanwhile, which must not bring its record back.
+            return Err(HostError::NotFound(self.record.id.clone()));
+        }
+        let stored = self.shared.store.put(&self.record).await;
+        self.publish();
+        result.and(Ok(stored?))
+    }
+
+    /// Asks the VMM, if there is one; what happens meanwhile happens.
+    async fn limit_running(&mut self, change: limits::Change) -> Result<(), HostError> {
+        let Some(running) = &mut self.running else {
+            return Ok(());
+        };
+        let (answer, mut answered) = oneshot::channel();
+        running.set_limits(change, answer);
+        let failed = |failure| HostError::NotDone {
+            action: "change the limits",
+            failure,
+        };
+        let too_late = tokio::time::sleep(ANSWER_PATIENCE);
+        tokio::pin!(too_late);
+        loop {
+            tokio::select! {
+                answer = &mut answered => return match answer {
+                    Ok(Err(HostError::Refused(failure))) => {
+                        Err(failed(resources::of_the_guest(failure, &self.record.spec)))
+                    }
+                    Ok(result) => result,
+                    // It has ended meanwhile; its next start has the new limits.
+                    Err(_) => Ok(()),
+                },
+                happened = next(&mut self.running) => self.happened(happened).await,
+                () = &mut too_late => return Err(failed(Failure {
+                    field: None,
+                    message: format!("it did not answer within {ANSWER_PATIENCE:?}"),
+                })),
+            }
         }
     }
 

@@ -68,6 +68,14 @@ pub enum HostError {
     /// Talking to the VMM failed.
     #[error("talking to the VMM failed")]
     Link(#[from] ChannelError),
+    /// The VMM did not do what it was asked for.
+    #[error("the guest's VMM did not {action}: {failure}")]
+    NotDone {
+        /// What it was asked for.
+        action: &'static str,
+        /// What it said.
+        failure: Failure,
+    },
     /// A system call failed.
     #[error("{what} {path:?} failed")]
     Io {
@@ -115,7 +123,7 @@ impl HostError {
         match self {
             Self::Invalid { field, .. } | Self::InUse { field, .. } => Some(field),
             Self::NameTaken { .. } => Some("name"),
-            Self::Refused(failure) => failure.field.as_deref(),
+            Self::Refused(failure) | Self::NotDone { failure, .. } => failure.field.as_deref(),
             _ => None,
         }
     }

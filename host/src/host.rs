@@ -16,6 +16,7 @@ use crate::disk::DiskUsers;
 use crate::error::{HostError, OpenError};
 use crate::images::Images;
 use crate::launcher::Launcher;
+use crate::limits::LimitChanges;
 use crate::lock::lock_within;
 use crate::memory::{self, MemoryFigures};
 use crate::paths::{SOCKET_PATH, StateDir};
@@ -294,6 +295,15 @@ impl Host {
     /// [`HostError::WrongState`] when it does not run, [`HostError::Refused`] when the guest does not take it.
     pub async fn console_input(&self, guest: &str, bytes: Vec<u8>) -> Result<(), HostError> {
         self.call(guest, |answer| Call::TypeIn { bytes, answer }).await
+    }
+
+    /// Changes limits of a guest's devices, at once if it runs, and for its next starts.
+    ///
+    /// # Errors
+    /// [`HostError::Invalid`] when it has no such device or a number is out of range: nothing is changed then.
+    /// [`HostError::NotDone`] when its VMM fails.
+    pub async fn set_limits(&self, guest: &str, changes: LimitChanges) -> Result<GuestView, HostError> {
+        self.call(guest, |answer| Call::Limit { changes, answer }).await
     }
 
     /// Closes the host. Guests go on running for the next daemon, unless `stop` gives them a deadline to stop.

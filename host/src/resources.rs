@@ -103,7 +103,9 @@ pub(crate) fn prepare(
     open_networks(spec, &mut hand, &mut devices)?;
     dir.remove_sockets();
     let vsock = open_vsock(spec, dir, &mut hand, &mut devices)?;
-    devices.push(AnyDeviceSpec::Rng(RngSpec {}));
+    devices.push(AnyDeviceSpec::Rng(RngSpec {
+        limits: spec.rng_limits,
+    }));
 
     let console = file(dir.console(), OpenOptions::new().read(true).write(true))?;
     let console = ConsoleConfig::Ring {
@@ -220,6 +222,7 @@ fn open_disks(
             fd,
             read_only: disk.read_only,
             engine: disk.engine,
+            limits: disk.limits,
         }));
     }
     Ok(uses)
@@ -254,6 +257,8 @@ fn open_networks(
             fd: hand.own(tap),
             mac: mac.0,
             mtu: None,
+            rx_limits: network.rx_limits,
+            tx_limits: network.tx_limits,
         }));
     }
     Ok(())
@@ -271,6 +276,7 @@ fn open_vsock(
         cid: u64::from(vsock.cid.unwrap_or(FIRST_CID)),
         listener: hand.own(listeners.programs),
         broker: hand.own(listeners.broker),
+        limits: vsock.limits,
     }));
     VsockService::connect(dir)
         .map(Some)
@@ -301,11 +307,12 @@ mod tests {
             path: "/d".into(),
             read_only: true,
             engine: DiskEngine::IoUring,
+            ..Disk::default()
         };
         spec.disks = vec![disk("a"), disk("b")];
         spec.networks = vec![Network {
             tap: "t".into(),
-            mac: None,
+            ..Network::default()
         }];
         spec.vsock = Some(Vsock::default());
         for (said, meant) in [

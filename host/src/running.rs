@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::disk::DiskUse;
 use crate::error::HostError;
+use crate::limits;
 use crate::link::Link;
 use crate::log::LogKeeper;
 use crate::process::{Ended, Process};
@@ -143,6 +144,11 @@ impl Running {
     /// Types into the serial console.
     pub fn type_in(&mut self, bytes: Vec<u8>, answer: Answer<()>) {
         self.request(Request::ConsoleInput(bytes), Some(answer));
+    }
+
+    /// Has a device limited otherwise.
+    pub fn set_limits(&mut self, change: limits::Change, answer: Answer<()>) {
+        self.request(change.request(), Some(answer));
     }
 
     /// What it said and nobody has taken yet.

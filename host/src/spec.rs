@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+pub use shoal_devices::limit::{Limits as RateLimits, Rate};
 pub use shoal_devices::virtio::block::EngineKind as DiskEngine;
 use shoal_vmm::config::{MAX_DEVICES, MAX_VCPUS, cmdline_room};
 
@@ -59,6 +60,9 @@ pub struct GuestSpec {
     pub vsock: Option<Vsock>,
     /// How much of the serial console's output is kept (KiB).
     pub console_kib: u32,
+    /// How much the entropy device gives, which every guest has.
+    #[serde(default)]
+    pub rng_limits: RateLimits,
 }
 
 /// A disk.
@@ -73,6 +77,9 @@ pub struct Disk {
     /// How the guest's requests are done.
     #[serde(default)]
     pub engine: DiskEngine,
+    /// How many requests are done, and how much data they move.
+    #[serde(default)]
+    pub limits: RateLimits,
 }
 
 /// A network interface.
@@ -82,6 +89,12 @@ pub struct Network {
     pub tap: String,
     /// The guest's address; one is chosen when it is missing.
     pub mac: Option<Mac>,
+    /// Packets to the guest.
+    #[serde(default)]
+    pub rx_limits: RateLimits,
+    /// Packets from the guest.
+    #[serde(default)]
+    pub tx_limits: RateLimits,
 }
 
 /// A socket device.
@@ -89,6 +102,9 @@ pub struct Network {
 pub struct Vsock {
     /// The guest's context id; 3 when missing. Guests on one host may have the same.
     pub cid: Option<u32>,
+    /// Packets both ways together.
+    #[serde(default)]
+    pub limits: RateLimits,
 }
 
 /// A MAC address.
@@ -136,7 +152,24 @@ impl GuestSpec {
             networks: Vec::new(),
             vsock: None,
             console_kib: 256,
+            rng_limits: RateLimits::default(),
         }
+    }
+
+    /// All limits, each with its field.
+    fn limits(&self) -> Vec<(String, RateLimits)> {
+        let disks = self.disks.iter().enumerate();
+        let networks = self.networks.iter().enumerate();
+        let mut all: Vec<_> = disks
+            .map(|(i, d)| (format!("disks[{i}].limits"), d.limits))
+            .collect();
+        for (i, network) in networks {
+            all.push((format!("networks[{i}].rx_limits"), network.rx_limits));
+            all.push((format!("networks[{i}].tx_limits"), network.tx_limits));
+        }
+        all.extend(self.vsock.as_ref().map(|v| ("vsock.limits".into(), v.limits)));
+        all.push(("rng.limits".into(), self.rng_limits));
+        all
     }
 
     /// Number of virtio devices that the guest gets.
@@ -240,6 +273,11 @@ impl GuestSpec {
                 return Err(HostError::invalid(format!("networks[{i}].mac"), why));
             }
         }
+        for (field, limits) in self.limits() {
+            limits.check().map_err(|(rate, bad)| {
+                HostError::invalid(format!("{field}.{rate}.{}", bad.field), bad.to_string())
+            })?;
+        }
         match self.vsock.as_ref().and_then(|v| v.cid) {
             Some(cid) if cid < FIRST_CID || cid == u32::MAX => Err(HostError::invalid(
                 "vsock.cid",
@@ -332,7 +370,11 @@ mod tests {
             read_only: true,
             ..Disk::default()
         };
-        let net = |tap: &str, mac| Network { tap: tap.into(), mac };
+        let net = |tap: &str, mac| Network {
+            tap: tap.into(),
+            mac,
+            ..Network::default()
+        };
         let cases: Vec<(GuestSpec, &str)> = vec![
             (
                 GuestSpec {
@@ -464,7 +506,10 @@ mod tests {
             ),
             (
                 GuestSpec {
-                    vsock: Some(Vsock { cid: Some(2) }),
+                    vsock: Some(Vsock {
+                        cid: Some(2),
+                        ..Vsock::default()
+                    }),
                     ..good()
                 },
                 "vsock.cid",

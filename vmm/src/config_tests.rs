@@ -42,7 +42,7 @@ fn good() -> VmConfig {
 }
 
 fn rng() -> AnyDeviceSpec {
-    AnyDeviceSpec::Rng(RngSpec {})
+    AnyDeviceSpec::Rng(RngSpec::default())
 }
 
 #[test]
@@ -144,8 +144,8 @@ fn only_a_disk_on_io_uring_widens_the_event_loop_s_filter() {
         AnyDeviceSpec::Block(shoal_devices::virtio::block::BlockSpec {
             id: "d".into(),
             fd: FdSlot(2),
-            read_only: true,
             engine,
+            ..Default::default()
         })
     };
     let mut c = good();

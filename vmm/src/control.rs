@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use shoal_devices::event::{EventLoop, Readiness, Token};
+use shoal_devices::limit::LimitBoard;
 use shoal_devices::spec::BuildEnv;
 use shoal_seccomp::Mode;
 
@@ -57,6 +58,7 @@ pub struct Vmm {
     timeline: Timeline,
     machine: Option<Running>,
     exit_record: Option<File>,
+    limits: LimitBoard,
     seccomp: Mode,
     /// The host has asked for the end before there was a machine.
     killed: bool,
@@ -82,6 +84,7 @@ impl Vmm {
             timeline: Timeline { stamps: vec![stamp] },
             machine: None,
             exit_record: None,
+            limits: LimitBoard::default(),
             seccomp,
             killed: false,
         };
@@ -257,6 +260,15 @@ impl Vmm {
                 self.kill();
                 Ok(Reply::Done)
             }
+            Request::SetLimits { device, limits } => {
+                self.machine()?;
+                self.limits.set(device.into(), limits).map_err(|e| Failure {
+                    field: Some(format!("devices[{device}]")),
+                    message: chain(&e),
+                })?;
+                self.event_loop.tell(Token::LIMITS);
+                Ok(Reply::Done)
+            }
         }
     }
 
@@ -284,6 +296,7 @@ impl Vmm {
         let valid = config.validate()?;
         self.guest_id.clone_from(&valid.config.guest_id);
         let mut env = BuildEnv::new(fds);
+        self.limits = env.limits();
         if let Some(slot) = valid.config.exit_record {
             self.exit_record = Some(env.take(slot).map_err(|e| failure(chain(&e)))?.into());
         }

@@ -8,6 +8,7 @@
 //! [`crate::config`].
 
 use serde::{Deserialize, Serialize};
+use shoal_devices::limit::DeviceLimits;
 use shoal_devices::spec::{AnyDeviceSpec, FdSlot};
 
 /// Version of this protocol. A peer with another version is refused before its body is read.
@@ -30,6 +31,13 @@ pub enum Request {
     ConsoleInput(Vec<u8>),
     /// End the guest and the VMM now.
     Kill,
+    /// Limit a device of a running guest otherwise than before. What waits for the old limits looks at the new ones.
+    SetLimits {
+        /// Its position in [`VmConfig::devices`].
+        device: u8,
+        /// What is not limited any more is missing.
+        limits: DeviceLimits,
+    },
 }
 
 /// The most bytes that one [`Request::ConsoleInput`] carries.

@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -44,6 +46,9 @@ pub struct CreateGuest {
     /// The serial console.
     #[serde(default)]
     pub console: Console,
+    /// The entropy device.
+    #[serde(default)]
+    pub rng: Rng,
     /// Start the guest at once. When that fails, the guest is not created.
     #[serde(default)]
     pub start: bool,
@@ -89,6 +94,88 @@ pub struct Disk {
     /// How the guest's requests are done.
     #[serde(default)]
     pub engine: DiskEngine,
+    /// How many requests are done, and how much data they move.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
+}
+
+/// Limits of a device. What is missing is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub bandwidth: Option<Rate>,
+    /// Requests or packets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub operations: Option<Rate>,
+}
+
+impl Limits {
+    /// Nothing is limited.
+    pub fn are_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A rate, and how far it may be exceeded after a time of rest. A request that is larger than a burst passes, and is
+/// paid for by those after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    /// How many per second.
+    #[schema(minimum = 1, maximum = 1_099_511_627_776_u64, example = 10_000_000)]
+    pub per_second: u64,
+    /// How many gather while nothing is done; what comes in a tenth of a second when it is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, minimum = 1, maximum = 1_099_511_627_776_u64)]
+    pub burst: Option<u64>,
+}
+
+/// Body of `PATCH /v1/guests/{guest}/limits`. Each limit that is named takes the place of the one before as a whole: `{}`
+/// lifts it. What is not named stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetLimits {
+    /// Of disks, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: BTreeMap<String, Limits>,
+    /// Of network interfaces, by their TAPs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub networks: BTreeMap<String, SetNetworkLimits>,
+    /// Of the socket device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub vsock: Option<Limits>,
+    /// Of the entropy device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub rng: Option<Limits>,
+}
+
+/// Limits of a network interface, each direction for itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetNetworkLimits {
+    /// Packets to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub rx: Option<Limits>,
+    /// Packets from the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub tx: Option<Limits>,
+}
+
+/// The entropy device, which every guest has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rng {
+    /// How much it gives.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
 }
 
 /// How a disk's requests are done.
@@ -104,7 +191,7 @@ pub enum DiskEngine {
 }
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
     /// A TAP interface of the host. It must exist and be used by nobody else.
@@ -114,6 +201,12 @@ pub struct Network {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, example = "02:00:00:00:00:01")]
     pub mac: Option<String>,
+    /// Packets to the guest. What is held back waits in the interface's queue, which drops when it is full.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub rx_limits: Limits,
+    /// Packets from the guest.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub tx_limits: Limits,
 }
 
 /// A socket device (virtio-vsock).
@@ -124,6 +217,9 @@ pub struct Vsock {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, minimum = 3, maximum = 4_294_967_294_u32, default = 3)]
     pub cid: Option<u32>,
+    /// Packets both ways together.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
 }
 
 /// The serial console.
@@ -233,6 +329,9 @@ pub struct Guest {
     pub vsock: Option<GuestVsock>,
     /// The serial console.
     pub console: Console,
+    /// The entropy device.
+    #[serde(default)]
+    pub rng: Rng,
     /// The steps of its last start, in the order of their time.
     pub timeline: Vec<TimelineStep>,
 }
@@ -328,6 +427,9 @@ pub struct GuestVsock {
     /// A Unix socket: say `CONNECT PORT\n` to it to reach the guest, and read `OK …\n`. What listens at this path with
     /// `_PORT` at its end gets the guest's connections to PORT.
     pub socket: String,
+    /// Limits of packets both ways together.
+    #[serde(default, skip_serializing_if = "Limits::are_none")]
+    pub limits: Limits,
 }
 
 /// A step of a start.

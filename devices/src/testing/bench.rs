@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{FakeQueue, is_readable, memory, write};
 use crate::GuestMemory;
-use crate::event::{EventLoop, LoopHandle, Slot};
+use crate::event::{EventLoop, LoopHandle, Slot, Token};
+use crate::limit::{DeviceLimits, LimitBoard};
 use crate::virtio::core::F_EVENT_IDX;
 use crate::virtio::mmio::{MmioParts, MmioTransport};
 use crate::virtio::{Activation, ActiveQueue, Interrupt, VirtioDevice};
@@ -129,6 +130,12 @@ impl Bench {
         self.start(queues);
         (0..self.notify.len()).for_each(|q| self.notify[q].write(1).unwrap());
         self.turn();
+    }
+
+    /// Changes limits as a VMM does.
+    pub fn set_limits(&mut self, board: &LimitBoard, limits: DeviceLimits) {
+        board.set(0, limits).unwrap();
+        self.event_loop.tell(Token::LIMITS);
     }
 
     /// Replaces the inactive device and goes on with its rings, as a restore does.

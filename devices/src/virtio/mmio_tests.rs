@@ -6,7 +6,9 @@ use crate::spec::{BuildEnv, DeviceSpec};
 use crate::testing::{DATA, MmioBench, writable};
 
 fn rng() -> Box<dyn VirtioDevice> {
-    RngSpec {}.build(&mut BuildEnv::new(Vec::new()), None).unwrap()
+    RngSpec::default()
+        .build(&mut BuildEnv::new(Vec::new()), None)
+        .unwrap()
 }
 
 #[test]

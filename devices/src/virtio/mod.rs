@@ -172,6 +172,11 @@ impl HandlerError {
     pub fn new(what: impl Into<String>) -> Self {
         Self { what: what.into() }
     }
+
+    /// The timer of new limits cannot be watched.
+    pub(crate) fn limits(source: io::Error) -> Self {
+        Self::new(format!("watching the timer of its limits failed: {source}"))
+    }
 }
 
 /// Copies what of `[offset, offset + data.len())` lies in a configuration space to `data`; the rest stays as it is.

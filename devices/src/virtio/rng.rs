@@ -11,6 +11,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, DeviceKind, HandlerError, QueueHandler, Stopped, VirtioDevice,
 };
 use crate::event::{Readiness, Registrar, Token};
+use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, SaveError, Section, Versioned};
 use crate::sys::getrandom;
 
@@ -20,10 +21,14 @@ const QUEUE_SIZE: u16 = 64;
 const CHAINS_PER_WAKE: u32 = 16;
 const PIECE: usize = 256;
 const QUEUE: Token = Token(0);
+const TIMER: Token = Token(1);
 
-/// An entropy device. It has nothing to configure.
+/// An entropy device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RngSpec {}
+pub struct RngSpec {
+    /// How much it gives.
+    pub limits: Limits,
+}
 
 /// The device's saved state: it has none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,14 +44,20 @@ impl DeviceSpec for RngSpec {
 
     fn build(
         &self,
-        _env: &mut BuildEnv,
+        env: &mut BuildEnv,
         _saved: Option<RngState>,
     ) -> Result<Box<dyn VirtioDevice>, BuildError> {
-        Ok(Box::new(Rng))
+        let cell = env.limit("entropy device", DeviceLimits::All(self.limits))?;
+        Ok(Box::new(Rng {
+            limiter: Some(Limiter::new(cell, Path::First)),
+        }))
     }
 }
 
-struct Rng;
+struct Rng {
+    /// With the handler while the device is active.
+    limiter: Option<Limiter>,
+}
 
 impl VirtioDevice for Rng {
     fn kind(&self) -> DeviceKind {
@@ -68,10 +79,19 @@ impl VirtioDevice for Rng {
             .queues
             .pop()
             .ok_or(ActivateError::MissingQueue { needed: 1, got: 0 })?;
-        Ok(Box::new(RngHandler { queue, activation: a }))
+        let limiter = self.limiter.take().ok_or(ActivateError::BackendGone)?;
+        Ok(Box::new(RngHandler {
+            queue,
+            activation: a,
+            filler: Filler { limiter },
+        }))
     }
 
-    fn deactivate(&mut self, _stopped: Stopped) {}
+    fn deactivate(&mut self, stopped: Stopped) {
+        if let Ok(limiter) = stopped.backend.downcast::<Limiter>() {
+            self.limiter = Some(*limiter);
+        }
+    }
 
     fn save(&self) -> Result<Section, SaveError> {
         Section::encode(&RngState {})
@@ -82,49 +102,65 @@ struct RngHandler {
     queue: ActiveQueue,
     /// Without its queue.
     activation: Activation,
+    filler: Filler,
 }
 
 impl QueueHandler for RngHandler {
     fn register(&mut self, events: &mut Registrar<'_>) -> io::Result<()> {
-        events.add(&*self.queue.notify, QUEUE, Readiness::IN)
+        events.add(&*self.queue.notify, QUEUE, Readiness::IN)?;
+        self.filler.limiter.register(events, TIMER)
     }
 
     fn unregister(&mut self, events: &mut Registrar<'_>) {
         // Fails only when it was not registered.
         let _ = events.remove(&*self.queue.notify);
+        self.filler.limiter.unregister(events);
     }
 
     fn handle(
         &mut self,
         token: Token,
         _ready: Readiness,
-        _events: &mut Registrar<'_>,
+        events: &mut Registrar<'_>,
     ) -> Result<(), HandlerError> {
-        if token != QUEUE {
-            return Ok(());
+        let limiter = &mut self.filler.limiter;
+        match token {
+            QUEUE => self.queue.clear_notification(),
+            TIMER => limiter.woken(),
+            Token::LIMITS => limiter.register(events, TIMER).map_err(HandlerError::limits)?,
+            _ => return Ok(()),
         }
+        limiter.begin();
         let Activation {
             memory, interrupt, ..
         } = &self.activation;
         let mut budget = Budget::new(CHAINS_PER_WAKE, u64::MAX);
-        self.queue.clear_notification();
-        self.queue.drain(memory, &**interrupt, &mut budget, &mut Filler)
+        self.queue
+            .drain(memory, &**interrupt, &mut budget, &mut self.filler)
     }
 
     fn stop(self: Box<Self>) -> Stopped {
         Stopped {
             queues: vec![self.queue],
-            backend: Box::new(()),
+            backend: Box::new(self.filler.limiter),
         }
     }
 }
 
 /// Serves requests.
-struct Filler;
+struct Filler {
+    limiter: Limiter,
+}
 
 impl Serve for Filler {
+    fn is_ready(&mut self) -> bool {
+        self.limiter.admits()
+    }
+
     fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, _: &mut Budget) -> Option<u32> {
-        Some(fill(memory, chain))
+        let written = fill(memory, chain);
+        self.limiter.count(u64::from(written));
+        Some(written)
     }
 }
 

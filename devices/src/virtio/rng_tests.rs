@@ -2,7 +2,11 @@ use super::*;
 use crate::testing::{Bench, DATA, END, readable, writable};
 
 fn bench() -> Bench {
-    Bench::new(RngSpec {}.build(&mut BuildEnv::new(Vec::new()), None).unwrap())
+    Bench::new(
+        RngSpec::default()
+            .build(&mut BuildEnv::new(Vec::new()), None)
+            .unwrap(),
+    )
 }
 
 #[test]
@@ -52,4 +56,29 @@ fn a_full_ring_takes_several_wake_ups_and_is_served_whole() {
     b.kick(0);
     let served = std::iter::from_fn(|| b.queues[0].used()).count();
     assert_eq!(served, usize::from(QUEUE_SIZE));
+}
+
+#[test]
+fn no_more_is_given_than_its_limit_allows() {
+    let spec = RngSpec {
+        limits: Limits {
+            bandwidth: Some(crate::limit::Rate {
+                per_second: 1,
+                burst: 1000,
+            }),
+            ..Limits::default()
+        },
+    };
+    let mut env = BuildEnv::new(Vec::new());
+    let board = env.limits();
+    let mut b = Bench::new(spec.build(&mut env, None).unwrap());
+    for _ in 0..10 {
+        b.queues[0].add(&[writable(DATA, 600)]);
+    }
+    b.kick(0);
+    // The second is begun with what the first has left, and owes the rest.
+    assert_eq!(std::iter::from_fn(|| b.queues[0].used()).count(), 2);
+    assert!(!b.turn_once(0), "what is held back does not keep the loop awake");
+    b.set_limits(&board, DeviceLimits::All(Limits::default()));
+    assert_eq!(std::iter::from_fn(|| b.queues[0].used()).count(), 8);
 }

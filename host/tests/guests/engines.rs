@@ -1,9 +1,10 @@
-//! What was chosen for speed changes nothing that a guest sees: the tests of disks again, on io_uring.
+//! What was chosen for speed changes nothing that a guest sees: the tests of disks again, on io_uring. And limits, which a
+//! guest sees as a slow device.
 
-use shoal_host::DiskEngine;
+use shoal_host::{Disk, DiskEngine, LimitChanges, Rate, RateLimits, StopReason};
 
 use crate::block;
-use crate::fleet::linux_runs;
+use crate::fleet::{Fleet, jeos, linux_runs, value};
 
 #[test]
 fn what_is_flushed_through_io_uring_survives_a_reset() {
@@ -17,4 +18,64 @@ fn what_is_discarded_through_io_uring_is_given_back() {
     if linux_runs("what_is_discarded_through_io_uring_is_given_back") {
         block::discarded_is_given_back(DiskEngine::IoUring);
     }
+}
+
+#[test]
+fn a_limit_that_is_set_on_a_running_guest_is_kept() {
+    const TEST: &str = "a_limit_that_is_set_on_a_running_guest_is_kept";
+    if !linux_runs(TEST) {
+        return;
+    }
+    let fleet = Fleet::new();
+    let data = fleet.disk_file("data", 1 << 20);
+    let time = "cut -d. -f1 /proc/uptime";
+    let read = |kib: u32| format!("dd if=/dev/vdb of=/dev/null bs=4k count={} 2>/dev/null", kib / 4);
+    let script = [
+        &format!("before=$({time})"),
+        &read(256),
+        &format!("after=$({time})"),
+        "echo took=$((after - before))",
+        "echo now",
+        "cat /dev/vdb > /dev/null",
+        "exit 42",
+    ];
+    let mut spec = jeos("", &script);
+    spec.disks.push(Disk {
+        id: "data".into(),
+        path: data,
+        ..Disk::default()
+    });
+    let guest = fleet.start(spec);
+    // Long before the guest has come to its script. Its read-ahead takes 128 KiB at once, which pays off afterwards.
+    let slow = |per_second| LimitChanges {
+        disks: vec![(
+            "data".into(),
+            RateLimits {
+                bandwidth: Some(Rate {
+                    per_second,
+                    burst: 4096,
+                }),
+                ..RateLimits::default()
+            },
+        )],
+        ..LimitChanges::default()
+    };
+    let set = |changes| fleet.wait("setting limits", fleet.host.set_limits(&guest.id, changes));
+    set(slow(64 << 10)).expect("the VMM takes them");
+    guest.await_output("now");
+    // The rest would take an hour.
+    set(slow(200)).expect("the VMM takes them");
+    let mut lifted = slow(1);
+    lifted.disks[0].1 = RateLimits::default();
+    set(lifted).expect("the VMM takes them");
+    let end = guest.end();
+    assert_eq!(
+        (end.reason, end.exit_code),
+        (StopReason::PowerOff, Some(42)),
+        "{}",
+        end.console
+    );
+    // The first request costs the others their time, so that all but the last are paid for.
+    let took: u64 = value(&end.console, "took").parse().unwrap();
+    assert!(took >= 1, "{}", end.console);
 }

@@ -70,7 +70,7 @@ fn rubbish_ends_nothing_and_spins_nothing() {
     };
     let networks = tap.iter().map(|tap| Network {
         tap: tap.name().into(),
-        mac: None,
+        ..Network::default()
     });
     let spec = GuestSpec {
         disks: vec![disk("written", false), disk("read", true)],

@@ -38,6 +38,7 @@ fn tcp_through_a_tap_both_ways() {
     spec.networks.push(Network {
         tap: tap.name().into(),
         mac: Some("02:00:00:aa:bb:01".parse().expect("an address")),
+        ..Network::default()
     });
     let guest = fleet.start(spec);
     let console = guest.await_output("listening at 198.51.100.2:7000");

@@ -174,6 +174,7 @@ fn ours<'a>(
             fd: shoal::slot(0),
             read_only: false,
             engine,
+            ..BlockSpec::default()
         });
         let vmm = starter.start(words, vec![spec], &[OwnedFd::from(file)])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)

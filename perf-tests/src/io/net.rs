@@ -153,6 +153,7 @@ fn ours(starter: &shoal::Starter) -> Contender<'_> {
             fd: shoal::slot(0),
             mac: [2, 0, 0, 0, 0, 1],
             mtu: None,
+            ..NetSpec::default()
         });
         let vmm = starter.start(words, vec![spec], &[open_tap(TAP)?])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)

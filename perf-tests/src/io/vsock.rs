@@ -123,6 +123,7 @@ fn ours<'a>(starter: &'a shoal::Starter, path: &'a Path) -> Contender<'a> {
             cid: 3,
             listener: shoal::slot(0),
             broker: shoal::slot(1),
+            ..VsockSpec::default()
         });
         let vmm = starter.start(words, vec![spec], &[OwnedFd::from(listener), broker])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)

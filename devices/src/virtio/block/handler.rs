@@ -11,9 +11,12 @@ use super::job::Disk;
 use super::request::{Operation, Request, Status};
 use super::{Backend, QUEUE_SIZE};
 use crate::event::{Readiness, Registrar, Token};
+use crate::limit::Limiter;
 
 /// The ring of io_uring; a smaller token is a queue's position.
 const RING: Token = Token(64);
+/// The limiter's.
+const TIMER: Token = Token(65);
 /// Data moved in one wake-up before other devices are served (bytes).
 const BYTES_PER_WAKE: u64 = 8 << 20;
 
@@ -30,6 +33,7 @@ struct Worker {
     disk: Disk,
     request: Request,
     engine: Engine,
+    limiter: Limiter,
     /// Position of the queue that is being served.
     queue: usize,
     /// The engine had no room for a request.
@@ -38,7 +42,7 @@ struct Worker {
 
 impl BlockHandler {
     /// A handler of the queues of `activation`.
-    pub fn new(mut activation: Activation, disk: Disk, mut engine: Engine) -> Self {
+    pub fn new(mut activation: Activation, disk: Disk, mut engine: Engine, limiter: Limiter) -> Self {
         if let Engine::Uring(uring) = &mut engine {
             uring.start(activation.memory.clone());
         }
@@ -49,9 +53,18 @@ impl BlockHandler {
                 disk,
                 request: Request::new(),
                 engine,
+                limiter,
                 queue: 0,
                 stalled: false,
             },
+        }
+    }
+
+    /// How many queues are served each for itself.
+    fn separate(&self) -> usize {
+        match &self.worker.engine {
+            Engine::Sync(_) => self.queues.len(),
+            Engine::Uring(_) => 1,
         }
     }
 
@@ -136,12 +149,14 @@ impl Worker {
 impl Serve for Worker {
     fn is_ready(&mut self) -> bool {
         self.stalled = !self.has_room();
-        !self.stalled
+        !self.stalled && self.limiter.admits()
     }
 
     fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32> {
         let parsed = self.request.parse(memory, chain);
         budget.charge(cost(&self.request));
+        self.limiter
+            .count(self.request.data_in().1 + self.request.data_out().1);
         let (status, data) = match parsed {
             Ok(()) => self
                 .engine
@@ -165,6 +180,7 @@ impl QueueHandler for BlockHandler {
         for (at, queue) in (0..).zip(&self.queues) {
             events.add(&*queue.notify, Token(at), Readiness::IN)?;
         }
+        self.worker.limiter.register(events, TIMER)?;
         match &self.worker.engine {
             Engine::Sync(_) => Ok(()),
             Engine::Uring(uring) => events.add(&**uring, RING, Readiness::IN),
@@ -176,6 +192,7 @@ impl QueueHandler for BlockHandler {
         for queue in &self.queues {
             let _ = events.remove(&*queue.notify);
         }
+        self.worker.limiter.unregister(events);
         if let Engine::Uring(uring) = &self.worker.engine {
             let _ = events.remove(&**uring);
         }
@@ -185,23 +202,36 @@ impl QueueHandler for BlockHandler {
         &mut self,
         token: Token,
         _ready: Readiness,
-        _events: &mut Registrar<'_>,
+        events: &mut Registrar<'_>,
     ) -> Result<(), HandlerError> {
-        let first = match token {
+        // Those of a ring are served together.
+        let queues = match token {
             // What is done makes room for what waits.
             RING => {
                 self.complete()?;
-                0
+                0..1
+            }
+            TIMER => {
+                self.worker.limiter.woken();
+                0..self.separate()
+            }
+            Token::LIMITS => {
+                let limiter = &mut self.worker.limiter;
+                limiter.register(events, TIMER).map_err(HandlerError::limits)?;
+                0..self.separate()
             }
             Token(at) => {
                 let Some(queue) = self.queues.get(at as usize) else {
                     return Ok(());
                 };
                 queue.clear_notification();
-                at as usize
+                at as usize..at as usize + 1
             }
         };
-        self.drain(first)?;
+        self.worker.limiter.begin();
+        for at in queues {
+            self.drain(at)?;
+        }
         self.submit()
     }
 
@@ -218,12 +248,18 @@ impl QueueHandler for BlockHandler {
                 break;
             }
         }
-        let Worker { disk, engine, .. } = self.worker;
+        let Worker {
+            disk,
+            engine,
+            limiter,
+            ..
+        } = self.worker;
         Stopped {
             queues: self.queues,
             backend: Box::new(Backend {
                 file: disk.file,
                 engine,
+                limiter,
             }),
         }
     }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::RING_FEATURES;
 use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice};
+use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
 use crate::sys::{open_flags, set_blocking};
 use crate::uring::Ring;
@@ -52,6 +53,8 @@ pub struct BlockSpec {
     pub read_only: bool,
     /// How requests are done.
     pub engine: EngineKind,
+    /// How many requests are done, and how much data they move.
+    pub limits: Limits,
 }
 
 /// The device's saved state.
@@ -87,11 +90,17 @@ impl DeviceSpec for BlockSpec {
         }
         self.check_access(&file)?;
         let engine = self.engine(&file)?;
+        let cell = env.limit(NAME, DeviceLimits::All(self.limits))?;
+        let limiter = Limiter::new(cell, Path::First);
         Ok(Box::new(Block {
             id,
             sectors,
             read_only: self.read_only,
-            backend: Some(Backend { file, engine }),
+            backend: Some(Backend {
+                file,
+                engine,
+                limiter,
+            }),
         }))
     }
 }
@@ -199,6 +208,7 @@ struct Block {
 struct Backend {
     file: File,
     engine: Engine,
+    limiter: Limiter,
 }
 
 impl VirtioDevice for Block {
@@ -227,7 +237,11 @@ impl VirtioDevice for Block {
         if a.queues.is_empty() {
             return Err(ActivateError::MissingQueue { needed: 1, got: 0 });
         }
-        let Backend { file, engine } = self.backend.take().ok_or(ActivateError::BackendGone)?;
+        let Backend {
+            file,
+            engine,
+            limiter,
+        } = self.backend.take().ok_or(ActivateError::BackendGone)?;
         let disk = job::Disk {
             file,
             sectors: self.sectors,
@@ -236,7 +250,7 @@ impl VirtioDevice for Block {
             write_through: a.features & feature::FLUSH == 0,
             id: self.id,
         };
-        Ok(Box::new(BlockHandler::new(a, disk, engine)))
+        Ok(Box::new(BlockHandler::new(a, disk, engine, limiter)))
     }
 
     fn deactivate(&mut self, stopped: Stopped) {

@@ -26,6 +26,7 @@ fn spec(read_only: bool) -> BlockSpec {
         fd: FdSlot(0),
         read_only,
         engine: ENGINE.get(),
+        ..BlockSpec::default()
     }
 }
 
@@ -453,6 +454,114 @@ fn ranges_of_no_length_are_skipped() {
     assert!(read[512..3 * 512].iter().all(|b| *b == 0));
 }
 
+fn limited(limits: Limits) -> (Disk, crate::limit::LimitBoard) {
+    let file = disk_file(MANY);
+    let mut env = BuildEnv::new(vec![file.try_clone().unwrap().into()]);
+    let board = env.limits();
+    let spec = BlockSpec {
+        limits,
+        ..spec(false)
+    };
+    let b = Bench::new(spec.build(&mut env, None).unwrap());
+    (Disk { b, file }, board)
+}
+
+fn rate(per_second: u64, burst: u64) -> Option<crate::limit::Rate> {
+    Some(crate::limit::Rate { per_second, burst })
+}
+
+/// Operations that are far too few to be done while the test runs.
+const ONE_A_DAY: Limits = Limits {
+    bandwidth: None,
+    operations: Some(crate::limit::Rate {
+        per_second: 1,
+        burst: 10,
+    }),
+};
+
+fn what_is_limited_comes_late_and_whole() {
+    let operations = rate(1000, 1);
+    let (mut d, _) = limited(Limits {
+        operations,
+        ..Limits::default()
+    });
+    for at in 0..MANY {
+        d.b.write(DATA + at * 0x1000 + 512, &[at as u8 + 1; 512]);
+        own_request(&mut d, at, 1, at);
+    }
+    let start = std::time::Instant::now();
+    d.b.notify(0);
+    d.b.turn();
+    let at_once = std::iter::from_fn(|| d.b.queues[0].used()).count() as u64;
+    let elapsed = start.elapsed().as_millis() as u64;
+    assert!(at_once <= 1 + elapsed, "{at_once} in {elapsed} ms");
+    for _ in at_once..MANY {
+        d.b.until(|b| b.queues[0].used());
+    }
+    // The first needs no time, each of the others a millisecond.
+    assert!(start.elapsed().as_millis() as u64 >= MANY - 1);
+    let mut all = vec![0; (MANY * SECTOR) as usize];
+    std::os::unix::fs::FileExt::read_exact_at(&d.file, &mut all, 0).unwrap();
+    for (at, sector) in all.chunks(SECTOR as usize).enumerate() {
+        assert!(sector.iter().all(|b| *b == at as u8 + 1), "sector {at}");
+    }
+}
+
+fn a_request_larger_than_a_burst_passes() {
+    let (mut d, _) = limited(Limits {
+        bandwidth: rate(4_000_000, 512),
+        ..Limits::default()
+    });
+    let start = std::time::Instant::now();
+    for _ in 0..5 {
+        assert_eq!(d.request(0, 0, &[writable(BUFFER, 16 * 512)]).0, OK);
+    }
+    // Each but the first waits for what the one before owes.
+    assert!(start.elapsed().as_micros() >= 4 * (16 * 512 - 512) / 4);
+}
+
+fn limits_hold_from_when_they_are_set_to_when_they_are_lifted() {
+    let (mut d, board) = limited(Limits::default());
+    assert_eq!(d.request(0, 0, &[writable(BUFFER, 512)]).0, OK);
+    d.b.set_limits(&board, DeviceLimits::All(ONE_A_DAY));
+    for at in 0..MANY {
+        own_request(&mut d, at, 0, at);
+    }
+    d.b.notify(0);
+    d.b.turn();
+    // A burst, and what a slow machine adds to it.
+    let done = std::iter::from_fn(|| d.b.queues[0].used()).count() as u64;
+    assert!((10..MANY / 2).contains(&done), "{done}");
+    assert!(
+        !d.b.turn_once(0),
+        "what is held back does not keep the loop awake"
+    );
+    // Neither a pause nor a reset brings a new burst.
+    d.b.pause_and_resume();
+    let more = std::iter::from_fn(|| d.b.queues[0].used()).count() as u64;
+    assert!(done + more < MANY / 2, "{done} and {more}");
+    d.b.set_limits(&board, DeviceLimits::All(Limits::default()));
+    for _ in done + more..MANY {
+        d.b.until(|b| b.queues[0].used());
+    }
+    assert!((0..MANY).all(|at| own_result(&d, at).0 == OK));
+    d.b.set_limits(&board, DeviceLimits::All(ONE_A_DAY));
+    for at in 0..MANY {
+        own_request(&mut d, at, 0, at);
+    }
+    d.b.notify(0);
+    d.b.turn();
+    d.b.deactivate();
+    d.b.activate();
+    for at in 0..MANY {
+        own_request(&mut d, at, 0, at);
+    }
+    d.b.notify(0);
+    d.b.turn();
+    let done = std::iter::from_fn(|| d.b.queues[0].used()).count() as u64;
+    assert!(done < 10, "{done} after a reset");
+}
+
 on_both_engines!(
     what_is_written_is_read_back_and_lies_in_the_file,
     identity_is_returned,
@@ -472,4 +581,20 @@ on_both_engines!(
     what_was_in_flight_at_a_pause_is_not_done_again,
     a_driver_without_flush_has_its_writes_synchronized,
     ranges_of_no_length_are_skipped,
+    what_is_limited_comes_late_and_whole,
+    a_request_larger_than_a_burst_passes,
+    limits_hold_from_when_they_are_set_to_when_they_are_lifted,
 );
+
+#[test]
+fn limits_that_cannot_be_kept_are_refused() {
+    let bad = BlockSpec {
+        limits: Limits {
+            bandwidth: rate(0, 1),
+            ..Limits::default()
+        },
+        ..spec(false)
+    };
+    let text = build(&bad, disk_file(1)).err().expect("refused").to_string();
+    assert!(text.contains("limits.bandwidth: per_second is 0"), "{text}");
+}

@@ -11,13 +11,16 @@ use super::super::{ActiveQueue, HandlerError, Interrupt, QueueHandler, Stopped};
 use super::receive::{Received, Receiver};
 use super::tap::Tap;
 use super::transmit::{Sent, Transmitter};
-use super::{Link, feature};
+use super::{Backend, HEADER, Link, feature};
 use crate::GuestMemory;
 use crate::event::{Readiness, Registrar, Token};
+use crate::limit::Limiter;
 
 const RX: Token = Token(0);
 const TX: Token = Token(1);
 const TAP: Token = Token(2);
+const RX_TIMER: Token = Token(3);
+const TX_TIMER: Token = Token(4);
 
 const PACKETS_PER_WAKE: u32 = 256;
 const BYTES_PER_WAKE: u64 = 4 << 20;
@@ -35,6 +38,8 @@ pub struct NetHandler {
     memory: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
     tap: Tap,
+    rx_limiter: Limiter,
+    tx_limiter: Limiter,
     link: Arc<Link>,
     receiver: Receiver,
     transmitter: Transmitter,
@@ -51,17 +56,20 @@ impl NetHandler {
         memory: GuestMemory,
         interrupt: Arc<dyn Interrupt>,
         (rx, tx): (ActiveQueue, ActiveQueue),
-        tap: Tap,
+        Backend { tap, limiters }: Backend,
         features: u64,
         mtu: u16,
         link: Arc<Link>,
     ) -> Self {
+        let [rx_limiter, tx_limiter] = limiters;
         Self {
             rx,
             tx,
             memory,
             interrupt,
             tap,
+            rx_limiter,
+            tx_limiter,
             link,
             receiver: Receiver::new(features, mtu),
             transmitter: Transmitter::new(features),
@@ -75,14 +83,23 @@ impl NetHandler {
         let memory = &*self.memory.clone();
         let mut budget = Budget::new(PACKETS_PER_WAKE, BYTES_PER_WAKE);
         let before = self.rx.queue.next_used();
+        self.rx_limiter.begin();
         while self.readable {
             if budget.is_spent() {
                 self.rx.rearm();
                 break;
             }
+            if !self.rx_limiter.admits() {
+                break;
+            }
             budget.chains -= 1;
             match self.receiver.receive(&self.tap, memory, &mut self.rx)? {
-                Received::Packet(n) => budget.charge(n as u64),
+                // Nothing as yet, when it is held.
+                Received::Packet(0) => {}
+                Received::Packet(n) => {
+                    budget.charge(n as u64);
+                    self.rx_limiter.count(n as u64 - HEADER as u64);
+                }
                 Received::Empty => self.readable = false,
                 Received::Starved if self.rx.allow_notifications(memory)? => {}
                 Received::Starved => break,
@@ -112,11 +129,16 @@ impl NetHandler {
             return Ok(());
         }
         self.tx.suppress_notifications(memory)?;
+        self.tx_limiter.begin();
         let mut budget = Budget::new(PACKETS_PER_WAKE, BYTES_PER_WAKE);
         let before = self.tx.queue.next_used();
         loop {
             if budget.is_spent() {
                 self.tx.rearm();
+                break;
+            }
+            // Asked for no notification, the guest leaves it to the timer.
+            if !self.tx_limiter.admits() {
                 break;
             }
             budget.chains -= 1;
@@ -134,6 +156,7 @@ impl NetHandler {
                 self.busy = true;
                 break;
             }
+            self.tx_limiter.count(self.transmitter.last_len());
             self.tx.push_used_together(memory, [(head, 0)].into_iter())?;
         }
         self.tx.signal_since(memory, &*self.interrupt, before)
@@ -144,7 +167,9 @@ impl QueueHandler for NetHandler {
     fn register(&mut self, events: &mut Registrar<'_>) -> io::Result<()> {
         events.add(&*self.rx.notify, RX, Readiness::IN)?;
         events.add(&*self.tx.notify, TX, Readiness::IN)?;
-        events.add(&self.tap, TAP, WATCHED)
+        events.add(&self.tap, TAP, WATCHED)?;
+        self.rx_limiter.register(events, RX_TIMER)?;
+        self.tx_limiter.register(events, TX_TIMER)
     }
 
     fn unregister(&mut self, events: &mut Registrar<'_>) {
@@ -152,6 +177,8 @@ impl QueueHandler for NetHandler {
         let _ = events.remove(&*self.rx.notify);
         let _ = events.remove(&*self.tx.notify);
         let _ = events.remove(&self.tap);
+        self.rx_limiter.unregister(events);
+        self.tx_limiter.unregister(events);
     }
 
     fn handle(
@@ -166,6 +193,22 @@ impl QueueHandler for NetHandler {
                 self.receive(events)
             }
             TX => self.transmit(),
+            RX_TIMER => {
+                self.rx_limiter.woken();
+                self.receive(events)
+            }
+            TX_TIMER => {
+                self.tx_limiter.woken();
+                self.transmit()
+            }
+            Token::LIMITS => {
+                self.rx_limiter
+                    .register(events, RX_TIMER)
+                    .and_then(|()| self.tx_limiter.register(events, TX_TIMER))
+                    .map_err(HandlerError::limits)?;
+                self.transmit()?;
+                self.receive(events)
+            }
             TAP => {
                 if ready.contains(Readiness::OUT) && std::mem::take(&mut self.busy) {
                     self.transmit()?;
@@ -181,7 +224,10 @@ impl QueueHandler for NetHandler {
         self.receiver.put_back(&mut self.rx);
         Stopped {
             queues: vec![self.rx, self.tx],
-            backend: Box::new(self.tap),
+            backend: Box::new(Backend {
+                tap: self.tap,
+                limiters: [self.rx_limiter, self.tx_limiter],
+            }),
         }
     }
 }

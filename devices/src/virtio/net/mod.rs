@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::RING_FEATURES;
 use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice, config_bytes};
+use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
 use handler::NetHandler;
 use tap::{Tap, TapError};
@@ -50,7 +51,7 @@ mod feature {
 }
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
     /// A TAP, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
     pub fd: FdSlot,
@@ -58,6 +59,10 @@ pub struct NetSpec {
     pub mac: [u8; 6],
     /// The largest packet (bytes, without the Ethernet header) that the guest is told of.
     pub mtu: Option<u16>,
+    /// Packets to the guest.
+    pub rx_limits: Limits,
+    /// Packets from the guest.
+    pub tx_limits: Limits,
 }
 
 /// The device's saved state: all of it is in the spec and in the TAP.
@@ -86,7 +91,8 @@ impl DeviceSpec for NetSpec {
             },
             TapError::Kind(what) => BuildError::Invalid { device: NAME, what },
         })?;
-        Ok(Box::new(self.device(tap)))
+        let limiters = self.limiters(env)?;
+        Ok(Box::new(self.device(tap, limiters)))
     }
 }
 
@@ -109,7 +115,13 @@ impl NetSpec {
         }
     }
 
-    fn device(&self, tap: Tap) -> Net {
+    fn limiters(&self, env: &mut BuildEnv) -> Result<[Limiter; 2], BuildError> {
+        let (rx, tx) = (self.rx_limits, self.tx_limits);
+        let cell = env.limit(NAME, DeviceLimits::Net { rx, tx })?;
+        Ok([Path::First, Path::Second].map(|path| Limiter::new(cell.clone(), path)))
+    }
+
+    fn device(&self, tap: Tap, limiters: [Limiter; 2]) -> Net {
         let ufo = if tap.has_ufo() {
             feature::GUEST_UFO | feature::HOST_UFO
         } else {
@@ -119,7 +131,7 @@ impl NetSpec {
             mac: self.mac,
             mtu: self.mtu,
             ufo,
-            tap: Some(tap),
+            backend: Some(Backend { tap, limiters }),
             link: Arc::default(),
         }
     }
@@ -127,7 +139,18 @@ impl NetSpec {
     /// The device over a packet socket in the place of a TAP.
     #[cfg(any(test, fuzzing))]
     pub fn over_socket(&self, socket: std::os::fd::OwnedFd) -> std::io::Result<Box<dyn VirtioDevice>> {
-        Ok(Box::new(self.device(Tap::stand_in(socket)?)))
+        self.over_socket_in(socket, &mut BuildEnv::new(Vec::new()))
+    }
+
+    /// The same, with limits that can be changed through `env`.
+    #[cfg(any(test, fuzzing))]
+    pub fn over_socket_in(
+        &self,
+        socket: std::os::fd::OwnedFd,
+        env: &mut BuildEnv,
+    ) -> std::io::Result<Box<dyn VirtioDevice>> {
+        let limiters = self.limiters(env).map_err(std::io::Error::other)?;
+        Ok(Box::new(self.device(Tap::stand_in(socket)?, limiters)))
     }
 }
 
@@ -137,13 +160,20 @@ struct Link {
     lost: AtomicBool,
 }
 
+/// What the handler works with, and gives back.
+struct Backend {
+    tap: Tap,
+    /// To the guest, from the guest.
+    limiters: [Limiter; 2],
+}
+
 struct Net {
     mac: [u8; 6],
     mtu: Option<u16>,
     /// The features for whole UDP packets, if the kernel has them.
     ufo: u64,
     /// With the handler while the device is active.
-    tap: Option<Tap>,
+    backend: Option<Backend>,
     link: Arc<Link>,
 }
 
@@ -179,9 +209,9 @@ impl VirtioDevice for Net {
         let Ok([rx, tx]) = <[_; 2]>::try_from(a.queues) else {
             return Err(ActivateError::MissingQueue { needed: 2, got });
         };
-        let tap = self.tap.take().ok_or(ActivateError::BackendGone)?;
-        if let Err(source) = tap.set_up(offloads(features)) {
-            self.tap = Some(tap);
+        let backend = self.backend.take().ok_or(ActivateError::BackendGone)?;
+        if let Err(source) = backend.tap.set_up(offloads(features)) {
+            self.backend = Some(backend);
             return Err(ActivateError::Backend {
                 what: "setting the TAP's offloads",
                 source,
@@ -192,7 +222,7 @@ impl VirtioDevice for Net {
             memory,
             interrupt,
             (rx, tx),
-            tap,
+            backend,
             features,
             mtu,
             self.link.clone(),
@@ -200,8 +230,8 @@ impl VirtioDevice for Net {
     }
 
     fn deactivate(&mut self, stopped: Stopped) {
-        if let Ok(tap) = stopped.backend.downcast::<Tap>() {
-            self.tap = Some(*tap);
+        if let Ok(backend) = stopped.backend.downcast::<Backend>() {
+            self.backend = Some(*backend);
         }
     }
 

@@ -15,6 +15,7 @@ pub fn spec() -> NetSpec {
         fd: FdSlot(0),
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(1400),
+        ..NetSpec::default()
     }
 }
 
@@ -26,6 +27,10 @@ struct Wire {
 
 impl Wire {
     fn new(features: impl FnOnce(u64) -> u64) -> Self {
+        Self::of(&spec(), &mut BuildEnv::new(Vec::new()), features)
+    }
+
+    fn of(spec: &NetSpec, env: &mut BuildEnv, features: impl FnOnce(u64) -> u64) -> Self {
         let listener = sockets::listener(libc::SOCK_SEQPACKET);
         let far = sockets::connect(&listener, libc::SOCK_SEQPACKET);
         let near = std::os::unix::net::UnixListener::from(listener)
@@ -33,7 +38,7 @@ impl Wire {
             .unwrap()
             .0;
         far.set_nonblocking(true).unwrap();
-        let device = spec().over_socket(near.into()).unwrap();
+        let device = spec.over_socket_in(near.into(), env).unwrap();
         let features = features(device.features());
         let mut b = Bench::with_features(device, features);
         b.turn();
@@ -304,4 +309,93 @@ fn offloads_follow_from_features() {
     assert_eq!(offloads(!GUEST_CSUM), 0);
     assert_eq!(offloads(GUEST_CSUM | GUEST_ECN), 1);
     assert_eq!(offloads(GUEST_CSUM | GUEST_TSO6 | GUEST_ECN), 13);
+}
+
+/// Two packets, and hardly any more while the test runs.
+fn two_packets() -> Limits {
+    Limits {
+        operations: Some(crate::limit::Rate {
+            per_second: 1,
+            burst: 2,
+        }),
+        ..Limits::default()
+    }
+}
+
+#[test]
+fn each_direction_keeps_its_own_limit_and_loses_nothing() {
+    let limited = NetSpec {
+        tx_limits: two_packets(),
+        ..spec()
+    };
+    let mut env = BuildEnv::new(Vec::new());
+    let board = env.limits();
+    let mut w = Wire::of(&limited, &mut env, |f| f);
+    let mut data = ETHERNET.to_vec();
+    for n in 0..6 {
+        data.push(n);
+        w.send([0; HEADER], &data);
+    }
+    assert_eq!(std::iter::from_fn(|| w.used(1)).count(), 2);
+    assert!(
+        !w.b.turn_once(0),
+        "what is held back does not keep the loop awake"
+    );
+    // The other direction is free.
+    w.give(8, RX, 2048);
+    (0..8).for_each(|_| w.arrive(100));
+    assert_eq!(std::iter::from_fn(|| w.used(0)).count(), 8);
+
+    let (rx, tx) = (two_packets(), Limits::default());
+    w.b.set_limits(&board, DeviceLimits::Net { rx, tx });
+    w.b.turn();
+    assert_eq!(std::iter::from_fn(|| w.used(1)).count(), 4);
+    // All lie in the same place, so the last one's bytes were sent thrice or more.
+    let sent: Vec<_> = std::iter::from_fn(|| w.sent()).collect();
+    let lengths: Vec<_> = sent.iter().map(|p| p.len() - HEADER - ETHERNET.len()).collect();
+    assert_eq!(lengths, [1, 2, 3, 4, 5, 6]);
+    w.give(8, RX, 2048);
+    (0..5).for_each(|n| w.arrive(100 + n));
+    assert_eq!(std::iter::from_fn(|| w.used(0)).count(), 2);
+    assert!(
+        !w.b.turn_once(0),
+        "what waits in the TAP does not keep the loop awake"
+    );
+    w.b.set_limits(
+        &board,
+        DeviceLimits::Net {
+            rx: Limits::default(),
+            tx,
+        },
+    );
+    w.b.turn();
+    let rest: Vec<_> = std::iter::from_fn(|| w.used(0))
+        .map(|(_, len)| len as usize - HEADER)
+        .collect();
+    assert_eq!(rest, [102, 103, 104]);
+}
+
+#[test]
+fn a_limited_packet_goes_when_its_time_has_come() {
+    let limited = NetSpec {
+        tx_limits: Limits {
+            bandwidth: Some(crate::limit::Rate {
+                per_second: 100_000,
+                burst: 14,
+            }),
+            ..Limits::default()
+        },
+        ..spec()
+    };
+    let mut w = Wire::of(&limited, &mut BuildEnv::new(Vec::new()), |f| f);
+    let mut data = ETHERNET.to_vec();
+    data.extend([1; 1000]);
+    let start = std::time::Instant::now();
+    (0..3).for_each(|_| w.send([0; HEADER], &data));
+    for _ in 0..3 {
+        w.b.until(|b| b.queues[1].used());
+    }
+    // Each but the first waits for what the one before owes: 1,001 bytes.
+    assert!(start.elapsed().as_micros() >= 2 * 10_010);
+    assert_eq!(std::iter::from_fn(|| w.sent()).count(), 3);
 }

@@ -27,6 +27,8 @@ pub struct Transmitter {
     buffers: Buffers,
     vecs: IoVecs,
     features: u64,
+    /// Length of the packet that was sent last (bytes, without header).
+    last_len: u64,
 }
 
 impl Transmitter {
@@ -36,7 +38,13 @@ impl Transmitter {
             buffers: Buffers::new(),
             vecs: IoVecs::with_capacity(MAX_SEGMENTS + 16),
             features,
+            last_len: 0,
         }
+    }
+
+    /// Length of the packet that was sent last (bytes, without the header of virtio); zero when there was none in it.
+    pub fn last_len(&self) -> u64 {
+        self.last_len
     }
 
     /// Sends one packet. A malformed one, or one that the TAP refuses, is dropped, as a wire would.
@@ -47,6 +55,7 @@ impl Transmitter {
         chain: Chain<'_>,
         budget: &mut Budget,
     ) -> Sent {
+        self.last_len = 0;
         let mut raw = [0; HEADER];
         if self.buffers.collect(chain).is_err() || !copy_from(memory, self.buffers.readable(), 0, &mut raw) {
             return Sent::Done;
@@ -56,6 +65,7 @@ impl Transmitter {
             return Sent::Done;
         };
         budget.charge(len);
+        self.last_len = len;
         let data = (HEADER as u64, len);
         match self
             .vecs

@@ -9,7 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use super::super::ring::{Budget, Buffers, Chain, MAX_SEGMENTS, Serve, copy_from, copy_to};
 use super::super::{ActiveQueue, HandlerError, Interrupt, QueueHandler, Stopped};
 use super::connection::Key;
-use super::hub::{CLOSE_WITHIN, Hub};
+use super::hub::{CLOSE_WITHIN, Hub, token};
 use super::packet::{HEADER, HOST_CID, Header, Op, TYPE_STREAM};
 use crate::GuestMemory;
 use crate::event::{Readiness, Registrar, Token};
@@ -47,8 +47,13 @@ struct Sender<'a, 'e> {
 }
 
 impl Serve for Sender<'_, '_> {
+    fn is_ready(&mut self) -> bool {
+        self.hub.limiter.admits()
+    }
+
     fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32> {
-        from_guest(self.hub, self.scratch, memory, chain, budget, self.events);
+        let bytes = from_guest(self.hub, self.scratch, memory, chain, budget, self.events);
+        self.hub.limiter.count(bytes);
         Some(0)
     }
 }
@@ -83,7 +88,6 @@ impl VsockHandler {
             scratch: &mut self.scratch,
             events,
         };
-        self.tx.clear_notification();
         self.tx
             .drain(&self.memory, &*self.interrupt, &mut budget, &mut sender)
     }
@@ -98,6 +102,9 @@ impl VsockHandler {
                 self.rx.rearm();
                 break;
             }
+            if !self.hub.limiter.admits() {
+                break;
+            }
             budget.chains -= 1;
             let Some(chain) = self.rx.pop(memory)? else {
                 if self.rx.allow_notifications(memory)? {
@@ -109,6 +116,9 @@ impl VsockHandler {
             match to_guest(&mut self.hub, &mut self.scratch, memory, chain) {
                 Some(written) => {
                     budget.charge(u64::from(written));
+                    self.hub
+                        .limiter
+                        .count(u64::from(written).saturating_sub(HEADER as u64));
                     self.rx.push_used(memory, head, written)?;
                     served = true;
                 }
@@ -176,7 +186,8 @@ fn to_guest(hub: &mut Hub, scratch: &mut Scratch, memory: &GuestMemoryMmap, chai
     Some(if written { HEADER as u32 + packet.len } else { 0 })
 }
 
-/// Does what one packet of the guest asks for. What breaks the rules is answered with a reset.
+/// Does what one packet of the guest asks for; returns how much data it carries. What breaks the rules is answered with a
+/// reset.
 fn from_guest(
     hub: &mut Hub,
     scratch: &mut Scratch,
@@ -184,12 +195,12 @@ fn from_guest(
     chain: Chain<'_>,
     budget: &mut Budget,
     events: &mut Registrar<'_>,
-) {
+) -> u64 {
     let Scratch { buffers, vecs } = scratch;
     let mut header = [0; HEADER];
     if buffers.collect(chain).is_err() || !copy_from(memory, buffers.readable(), 0, &mut header) {
         // Nobody could be told.
-        return;
+        return 0;
     }
     let h = Header::decode(&header);
     let key = Key {
@@ -227,6 +238,7 @@ fn from_guest(
         _ if h.operation() == Some(Op::Reset) => {}
         _ => hub.reset(h.dst_cid, key),
     }
+    buffers.readable_len() - HEADER as u64
 }
 
 impl QueueHandler for VsockHandler {
@@ -251,9 +263,24 @@ impl QueueHandler for VsockHandler {
         ready: Readiness,
         events: &mut Registrar<'_>,
     ) -> Result<(), HandlerError> {
+        self.hub.limiter.begin();
         match token {
             RX => self.rx.clear_notification(),
-            TX => self.serve_tx(events)?,
+            TX => {
+                self.tx.clear_notification();
+                self.serve_tx(events)?;
+            }
+            token::LIMITER => {
+                self.hub.limiter.woken();
+                self.serve_tx(events)?;
+            }
+            Token::LIMITS => {
+                let limiter = &mut self.hub.limiter;
+                limiter
+                    .register(events, token::LIMITER)
+                    .map_err(HandlerError::limits)?;
+                self.serve_tx(events)?;
+            }
             EVENT => self.announce()?,
             _ => self.hub.serve(token, ready, events),
         }

@@ -14,6 +14,7 @@ use super::connection::{BUFFER, Connection, Key, Over, State};
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
 use super::table::{Entry, Table};
 use crate::event::{Readiness, Registrar, Token};
+use crate::limit::Limiter;
 use crate::sys::{IoVecs, Segment, Timer, peek};
 
 /// Until when a host program must have sent its line, the guest must have accepted, or the broker must have answered.
@@ -42,6 +43,8 @@ pub mod token {
     pub const BROKER: Token = Token(18);
     /// A deadline has come.
     pub const TIMER: Token = Token(19);
+    /// The limiter's timer.
+    pub const LIMITER: Token = Token(20);
 }
 
 /// Connections are watched edge-triggered: what is ready is remembered in the connection.
@@ -69,11 +72,19 @@ pub struct Hub {
     timer: Timer,
     timer_at: Option<Instant>,
     buffered: usize,
+    /// Of packets both ways.
+    pub limiter: Limiter,
 }
 
 impl Hub {
     /// A hub without connections; those of an earlier machine are announced as gone when `announce_reset`.
-    pub fn new(cid: u64, listener: OwnedFd, broker: OwnedFd, announce_reset: bool) -> io::Result<Self> {
+    pub fn new(
+        cid: u64,
+        listener: OwnedFd,
+        broker: OwnedFd,
+        announce_reset: bool,
+        limiter: Limiter,
+    ) -> io::Result<Self> {
         let (listener, broker_listener) = (UnixListener::from(listener), UnixListener::from(broker));
         listener.set_nonblocking(true)?;
         broker_listener.set_nonblocking(true)?;
@@ -89,6 +100,7 @@ impl Hub {
             timer,
             timer_at: None,
             buffered: 0,
+            limiter,
         })
     }
 
@@ -110,6 +122,7 @@ impl Hub {
         events.add(&self.listener, token::LISTENER, LISTENING)?;
         events.add(&self.broker_listener, token::BROKER_LISTENER, Readiness::IN)?;
         events.add(&self.timer, token::TIMER, Readiness::IN)?;
+        self.limiter.register(events, token::LIMITER)?;
         if let Some(broker) = &self.broker {
             events.add(broker, token::BROKER, Readiness::IN)?;
         }
@@ -127,6 +140,7 @@ impl Hub {
         let _ = events.remove(&self.listener);
         let _ = events.remove(&self.broker_listener);
         let _ = events.remove(&self.timer);
+        self.limiter.unregister(events);
         let _ = self.broker.as_ref().map(|b| events.remove(b));
         for (_, entry) in self.table.iter() {
             let _ = entry.stream().map(|s| events.remove(s));

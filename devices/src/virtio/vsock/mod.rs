@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::core::RING_FEATURES;
 use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice, config_bytes};
+use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
 use crate::sys::socket_option;
 use handler::VsockHandler;
@@ -34,7 +35,7 @@ const QUEUE_SIZES: [u16; 3] = [256, 256, 8];
 const GUEST_CIDS: std::ops::Range<u64> = 3..u32::MAX as u64;
 
 /// A socket device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockSpec {
     /// The guest's context identifier: from 3 to 2³² - 2.
     pub cid: u64,
@@ -42,6 +43,8 @@ pub struct VsockSpec {
     pub listener: FdSlot,
     /// A listening Unix seqpacket socket, for the host itself; see [`broker`].
     pub broker: FdSlot,
+    /// How many packets it carries, and how much data, both ways together.
+    pub limits: Limits,
 }
 
 /// The device's saved state. Connections end with the machine that had them.
@@ -85,12 +88,15 @@ impl DeviceSpec for VsockSpec {
             libc::SOCK_SEQPACKET,
             "a listening seqpacket socket",
         )?;
-        let hub =
-            Hub::new(self.cid, listener, broker, saved.is_some()).map_err(|source| BuildError::Backend {
+        let cell = env.limit(NAME, DeviceLimits::All(self.limits))?;
+        let limiter = Limiter::new(cell, Path::First);
+        let hub = Hub::new(self.cid, listener, broker, saved.is_some(), limiter).map_err(|source| {
+            BuildError::Backend {
                 device: NAME,
                 what: "preparing its sockets and timer",
                 source,
-            })?;
+            }
+        })?;
         Ok(Box::new(Vsock {
             cid: self.cid,
             hub: Some(hub),

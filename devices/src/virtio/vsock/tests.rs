@@ -7,6 +7,7 @@ use super::broker::{BrokerRequest, MESSAGE, send_reply};
 use super::connection::BUFFER;
 use super::packet::*;
 use super::*;
+use crate::limit::{LimitBoard, Rate};
 use crate::testing::{Bench, DATA, readable, sockets, writable};
 
 const CID: u64 = 42;
@@ -23,6 +24,7 @@ struct World {
     broker_listener: OwnedFd,
     broker: Option<UnixStream>,
     next_rx: u64,
+    limits: LimitBoard,
 }
 
 fn spec() -> VsockSpec {
@@ -30,18 +32,22 @@ fn spec() -> VsockSpec {
         cid: CID,
         listener: FdSlot(0),
         broker: FdSlot(1),
+        ..VsockSpec::default()
     }
 }
 
 fn build(saved: Option<VsockState>) -> (Box<dyn VirtioDevice>, OwnedFd, OwnedFd) {
+    let (device, listener, broker, _) = build_limited(saved);
+    (device, listener, broker)
+}
+
+fn build_limited(saved: Option<VsockState>) -> (Box<dyn VirtioDevice>, OwnedFd, OwnedFd, LimitBoard) {
     let listener = sockets::listener(libc::SOCK_STREAM);
     let broker = sockets::listener(libc::SOCK_SEQPACKET);
     let fds = vec![listener.try_clone().unwrap(), broker.try_clone().unwrap()];
-    (
-        spec().build(&mut BuildEnv::new(fds), saved).unwrap(),
-        listener,
-        broker,
-    )
+    let mut env = BuildEnv::new(fds);
+    let device = spec().build(&mut env, saved).unwrap();
+    (device, listener, broker, env.limits())
 }
 
 impl World {
@@ -52,7 +58,7 @@ impl World {
     }
 
     fn without_buffers() -> Self {
-        let (device, listener, broker_listener) = build(None);
+        let (device, listener, broker_listener, limits) = build_limited(None);
         let mut b = Bench::new(device);
         let broker = Some(sockets::connect(&broker_listener, libc::SOCK_SEQPACKET));
         b.turn();
@@ -62,6 +68,7 @@ impl World {
             broker_listener,
             broker,
             next_rx: 0,
+            limits,
         }
     }
 
@@ -655,4 +662,41 @@ fn wrong_sockets_and_cids_are_refused() {
     assert!(refuse(spec(), vec![seqpacket, stream]).contains("expected a listening stream socket"));
     let (a, b) = UnixStream::pair().unwrap();
     assert!(refuse(spec(), vec![a.into(), b.into()]).contains("expected a listening stream socket"));
+}
+
+#[test]
+fn what_a_limit_holds_back_comes_when_it_is_lifted() {
+    let mut w = World::new();
+    let mut host = w.connect_from_guest(1024, 5000);
+    let slow = Limits {
+        bandwidth: Some(Rate {
+            per_second: 1,
+            burst: 3,
+        }),
+        ..Limits::default()
+    };
+    w.b.set_limits(&w.limits, DeviceLimits::All(slow));
+    host.write_all(b"more than a burst").unwrap();
+    assert_eq!(w.receive().1, b"more than a burst");
+    // Now it owes, both ways.
+    host.write_all(b"later").unwrap();
+    w.expect_nothing();
+    let header = Header {
+        len: 4,
+        ..World::header(Op::Data, 1024, 5000)
+    };
+    w.b.write(TX, &header.encode());
+    w.b.write(TX + 0x100, b"also");
+    w.b.queues[1].add(&[readable(TX, HEADER as u32), readable(TX + 0x100, 4)]);
+    w.b.kick(1);
+    assert_eq!(w.b.queues[1].used(), None);
+    assert!(
+        !w.b.turn_once(0),
+        "what is held back does not keep the loop awake"
+    );
+
+    w.b.set_limits(&w.limits, DeviceLimits::All(Limits::default()));
+    assert_eq!(w.receive().1, b"later");
+    assert!(w.b.queues[1].used().is_some());
+    assert_eq!(read_some(&mut host, 4), b"also");
 }
