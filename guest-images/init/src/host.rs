@@ -3,6 +3,7 @@
 use crate::sys;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 /// The port on the host that init calls.
 pub const PORT: u32 = 1024;
@@ -10,33 +11,63 @@ pub const PORT: u32 = 1024;
 const MAX_LINE: usize = 256;
 /// How long init waits for the host to close after `EXIT`, so that the line is not lost with the machine, in ms.
 const FAREWELL_MS: i32 = 250;
+/// When a line that ended is called again first; each call that fails doubles it, up to the second figure.
+const AGAIN: Duration = Duration::from_millis(250);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(8);
 
 /// The connection.
 ///
 /// ```text
-///  None ──connect──▶ Connecting ──writable──▶ Open ──end, error, rubbish──▶ None
-///    ▲                   └──────refused────────▶ None
+///  None ◀─no device─ call ─▶ Connecting ──writable──▶ Open ──end, error, rubbish──▶ Lost
+///                              ▲   └───refused────▶ Lost                             │
+///                              └────────────────────┴──────────time is up────────────┘
 /// ```
+///
+/// A daemon that is started again takes its guests over: the line to it is called anew.
 pub enum Host {
-    /// There is no device, or nobody listened, or the connection has ended.
+    /// There is no device.
     None,
-    /// The connect is under way.
-    Connecting(OwnedFd),
+    /// The connect is under way; how long to wait should it fail.
+    Connecting(OwnedFd, Duration),
     /// `READY` was sent.
     Open(OwnedFd, Vec<u8>),
+    /// Nobody listened, or the connection has ended: when to call again, and how long to wait after that.
+    Lost(Instant, Duration),
 }
 
 impl Host {
     /// Calls the host; never waits.
     pub fn call() -> Host {
-        sys::vsock_connect(PORT).map_or(Host::None, Host::Connecting)
+        sys::vsock_connect(PORT).map_or(Host::None, |fd| Host::Connecting(fd, AGAIN))
+    }
+
+    fn lost(wait: Duration) -> Host {
+        Host::Lost(Instant::now() + wait, (wait * 2).min(AGAIN_AT_MOST))
+    }
+
+    /// When [`Host::call_again`] is due, if nothing happens before.
+    pub fn due(&self) -> Option<Instant> {
+        match self {
+            Host::Lost(at, _) => Some(*at),
+            _ => None,
+        }
+    }
+
+    /// Calls the host again when that is due; never waits.
+    pub fn call_again(&mut self) {
+        if let Host::Lost(at, wait) = *self
+            && Instant::now() >= at
+        {
+            *self =
+                sys::vsock_connect(PORT).map_or_else(|_| Host::lost(wait), |fd| Host::Connecting(fd, wait));
+        }
     }
 
     /// What to poll, and for which events.
     pub fn interest(&self) -> Option<(RawFd, i16)> {
         match self {
-            Host::None => None,
-            Host::Connecting(fd) => Some((fd.as_raw_fd(), libc::POLLOUT)),
+            Host::None | Host::Lost(..) => None,
+            Host::Connecting(fd, _) => Some((fd.as_raw_fd(), libc::POLLOUT)),
             Host::Open(fd, _) => Some((fd.as_raw_fd(), libc::POLLIN)),
         }
     }
@@ -45,10 +76,13 @@ impl Host {
     pub fn serve(&mut self, ready_at: u64) -> bool {
         let mut stop = false;
         *self = match std::mem::replace(self, Host::None) {
-            Host::Connecting(fd) if sys::connect_result(&fd).is_ok() => {
-                match sys::send_now(fd.as_raw_fd(), format!("READY {ready_at}\n").as_bytes()) {
+            Host::Connecting(fd, wait) => {
+                let ready = format!("READY {ready_at}\n");
+                let sent =
+                    sys::connect_result(&fd).and_then(|()| sys::send_now(fd.as_raw_fd(), ready.as_bytes()));
+                match sent {
                     Ok(_) => Host::Open(fd, Vec::new()),
-                    Err(_) => Host::None,
+                    Err(_) => Host::lost(wait),
                 }
             }
             Host::Open(fd, mut line) => {
@@ -57,27 +91,31 @@ impl Host {
                     Ok(n) if n > 0 => {
                         stop = take_lines(&mut line, &buffer[..n]);
                         if line.len() > MAX_LINE {
-                            Host::None
+                            Host::lost(AGAIN)
                         } else {
                             Host::Open(fd, line)
                         }
                     }
                     Err(e) if e.kind() == ErrorKind::WouldBlock => Host::Open(fd, line),
-                    _ => Host::None,
+                    _ => Host::lost(AGAIN),
                 }
             }
-            _ => Host::None,
+            silent => silent,
         };
         stop
     }
 
     /// Tells the workload's exit code and waits shortly for the host to have read it.
     pub fn farewell(self, code: i32) {
-        let fd = match self {
-            Host::None => return,
+        let connecting = match self {
+            Host::Lost(..) => sys::vsock_connect(PORT).map_or(Host::None, |fd| Host::Connecting(fd, AGAIN)),
+            other => other,
+        };
+        let fd = match connecting {
+            Host::None | Host::Lost(..) => return,
             Host::Open(fd, _) => fd,
             // The workload was faster than the host's answer: that is waited for now.
-            Host::Connecting(fd) => {
+            Host::Connecting(fd, _) => {
                 let mut wait = [libc::pollfd {
                     fd: fd.as_raw_fd(),
                     events: libc::POLLOUT,

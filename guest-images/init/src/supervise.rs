@@ -50,7 +50,7 @@ pub fn until_exit(
             fds.push(poll_entry(fd, events));
             fds.len() - 1
         });
-        if let Err(e) = sys::poll(&mut fds, timeout(&phase)) {
+        if let Err(e) = sys::poll(&mut fds, timeout(&phase, host.due())) {
             say(&format!("cannot wait for events: {e}; stopping"));
             return 126;
         }
@@ -73,6 +73,7 @@ pub fn until_exit(
         if host_at.is_some_and(|at| fds[at].revents != 0) {
             stop |= host.serve(ready_at);
         }
+        host.call_again();
         phase = advance(phase, stop, workload, config.grace);
     }
 }
@@ -85,11 +86,16 @@ fn poll_entry(fd: i32, events: i16) -> libc::pollfd {
     }
 }
 
-fn timeout(phase: &Phase) -> libc::c_int {
-    match phase {
-        Phase::Stopping(deadline) => milliseconds(deadline.saturating_duration_since(Instant::now())),
-        Phase::Running | Phase::Killed => -1,
-    }
+/// Until the first of what is to be done at a time.
+fn timeout(phase: &Phase, call: Option<Instant>) -> libc::c_int {
+    let deadline = match phase {
+        Phase::Stopping(deadline) => Some(*deadline),
+        Phase::Running | Phase::Killed => None,
+    };
+    let first = deadline.into_iter().chain(call).min();
+    first.map_or(-1, |at| {
+        milliseconds(at.saturating_duration_since(Instant::now()))
+    })
 }
 
 /// Rounded up, so that a poll does not return before the deadline.

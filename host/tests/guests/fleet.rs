@@ -79,6 +79,7 @@ pub fn image(name: &str) -> PathBuf {
 pub struct Fleet {
     runtime: Runtime,
     pub host: Host,
+    config: HostConfig,
     dir: tempfile::TempDir,
 }
 
@@ -93,8 +94,38 @@ impl Fleet {
         if let Ok(mode) = std::env::var("SHOAL_SECCOMP") {
             config.confinement.seccomp = mode.parse().expect("a mode of --seccomp");
         }
-        let host = runtime.block_on(Host::open(config)).expect("opening the host");
-        Self { runtime, host, dir }
+        let host = runtime
+            .block_on(Host::open(config.clone()))
+            .expect("opening the host");
+        Self {
+            runtime,
+            host,
+            config,
+            dir,
+        }
+    }
+
+    /// Does what a daemon does that is stopped and started again. The guests run on.
+    pub fn reopen(&mut self) {
+        let open = |fleet: &Self, config| {
+            let opened = fleet.wait("opening", Host::open(config));
+            opened.expect("opening a host")
+        };
+        // The state directory is locked as long as the old one is anywhere: something else takes its place.
+        let mut elsewhere = self.config.clone();
+        elsewhere.state_dir = self.path("between");
+        let between = open(self, elsewhere);
+        let old = std::mem::replace(&mut self.host, between);
+        self.wait("closing", old.close(None));
+        self.host = open(self, self.config.clone());
+    }
+
+    /// A guest that was started before.
+    pub fn guest(&self, id: &str) -> Guest<'_> {
+        Guest {
+            fleet: self,
+            id: id.to_owned(),
+        }
     }
 
     /// Waits, but not for ever. `what` is said when it was too long.

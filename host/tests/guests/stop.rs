@@ -41,6 +41,28 @@ fn stops_when_told_over_vsock() {
 }
 
 #[test]
+fn a_new_daemon_hears_the_guests_of_the_one_before() {
+    if !linux_runs("a_new_daemon_hears_the_guests_of_the_one_before") {
+        return;
+    }
+    let mut fleet = Fleet::new();
+    // Without the button, the guest hears of the stop only when it calls the new daemon.
+    let guest = fleet.start(jeos("shoal.mount=none:/dev/input:tmpfs", &[SLEEP]));
+    guest.await_output("shoal-init: ready");
+    let (id, pid) = (guest.id.clone(), guest.pid());
+    fleet.reopen();
+    let guest = fleet.guest(&id);
+    assert_eq!(guest.pid(), pid, "it was adopted");
+    let end = guest.stop(PATIENCE);
+    assert_eq!(
+        (&end.reason, end.exit_code),
+        (&StopReason::PowerOff, Some(TERMINATED)),
+        "{}",
+        end.console
+    );
+}
+
+#[test]
 fn stops_at_the_power_button_alone() {
     if !linux_runs("stops_at_the_power_button_alone") {
         return;
