@@ -154,6 +154,7 @@ impl ActiveQueue {
                         served = true;
                     }
                 }
+                None if server.comes_back() => break,
                 None if self.allow_notifications(memory)? => {
                     // A guest that moves its index back and forth must not keep us here.
                     budget.chains = budget.chains.saturating_sub(1);
@@ -184,6 +185,11 @@ pub trait Serve {
     /// Whether another chain may be taken now.
     fn is_ready(&mut self) -> bool {
         true
+    }
+
+    /// Whether the ring is looked at again when it is empty without being told, so that the driver need not notify.
+    fn comes_back(&self) -> bool {
+        false
     }
 
     /// Serves a chain; returns the number of bytes written to it, or nothing when it will be given back later.

@@ -17,6 +17,8 @@ use crate::limit::Limiter;
 const RING: Token = Token(64);
 /// The limiter's.
 const TIMER: Token = Token(65);
+/// Requests that io_uring is told of at once: while it does them, the driver takes those before and refills the ring.
+const PIECE: usize = 8;
 /// Data moved in one wake-up before other devices are served (bytes).
 const BYTES_PER_WAKE: u64 = 8 << 20;
 
@@ -38,6 +40,10 @@ struct Worker {
     queue: usize,
     /// The engine had no room for a request.
     stalled: bool,
+    /// The queues are looked at again in this turn.
+    comes_back: bool,
+    /// Requests that may be taken before the kernel is told.
+    room: usize,
 }
 
 impl BlockHandler {
@@ -56,6 +62,8 @@ impl BlockHandler {
                 limiter,
                 queue: 0,
                 stalled: false,
+                comes_back: false,
+                room: usize::MAX,
             },
         }
     }
@@ -69,7 +77,7 @@ impl BlockHandler {
     }
 
     /// Serves the queue at `at`, or all of them when their requests share a system call.
-    fn drain(&mut self, at: usize) -> Result<(), HandlerError> {
+    fn drain(&mut self, at: usize, budget: &mut Budget) -> Result<(), HandlerError> {
         let count = self.queues.len();
         let (first, some) = match &self.worker.engine {
             Engine::Sync(_) => (at, 1),
@@ -79,11 +87,10 @@ impl BlockHandler {
         let Activation {
             memory, interrupt, ..
         } = &self.activation;
-        let mut budget = Budget::new(u32::from(QUEUE_SIZE), BYTES_PER_WAKE);
         for n in 0..some {
             self.worker.queue = (first + n) % count;
             let queue = &mut self.queues[self.worker.queue];
-            queue.drain(memory, &**interrupt, &mut budget, &mut self.worker)?;
+            queue.drain(memory, &**interrupt, budget, &mut self.worker)?;
             if budget.is_spent() {
                 break;
             }
@@ -91,49 +98,72 @@ impl BlockHandler {
         Ok(())
     }
 
-    /// Gives back what the ring has done.
-    fn complete(&mut self) -> Result<(), HandlerError> {
+    /// Serves the queue at `at`. io_uring is told of a few requests at a time: while the kernel does them, the driver takes
+    /// those before and refills the ring, which is looked at again before the driver is asked to notify. That would be an
+    /// exit, and the loop would have to be woken.
+    fn turn(&mut self, at: usize) -> Result<(), HandlerError> {
+        let mut budget = Budget::new(u32::from(QUEUE_SIZE), BYTES_PER_WAKE);
+        let by_pieces = matches!(self.worker.engine, Engine::Uring(_));
+        self.worker.comes_back = by_pieces;
+        loop {
+            self.worker.room = if self.worker.comes_back { PIECE } else { usize::MAX };
+            self.drain(at, &mut budget)?;
+            if !by_pieces {
+                return Ok(());
+            }
+            let took_all = self.worker.room > 0;
+            let nothing_new = self.submit()? == 0 && took_all;
+            if !self.worker.comes_back {
+                return Ok(());
+            }
+            self.worker.comes_back = !nothing_new && !budget.is_spent();
+        }
+    }
+
+    /// Gives back what the ring has done; how many requests it was.
+    fn complete(&mut self) -> Result<usize, HandlerError> {
         let Engine::Uring(uring) = &mut self.worker.engine else {
-            return Ok(());
+            return Ok(0);
         };
         let Activation {
             memory, interrupt, ..
         } = &self.activation;
         // A device has far fewer queues than bits.
-        let mut touched = 0_u64;
+        let (mut touched, mut count) = (0_u64, 0);
         while let Some(done) = uring.completed() {
             let Some(queue) = self.queues.get_mut(done.queue) else {
                 continue;
             };
             queue.push_used(memory, done.head, done.written)?;
             touched |= 1 << done.queue;
+            count += 1;
         }
         for (at, queue) in self.queues.iter_mut().enumerate() {
             if touched & 1 << at != 0 {
                 queue.signal(memory, &**interrupt)?;
             }
         }
-        Ok(())
+        Ok(count)
     }
 
-    /// Tells the kernel, once, of all that was begun; what it has done at once is given back at once.
-    fn submit(&mut self) -> Result<(), HandlerError> {
+    /// Tells the kernel, once, of all that was begun; what it has done at once is given back at once, and counted.
+    fn submit(&mut self) -> Result<usize, HandlerError> {
         let Engine::Uring(uring) = &mut self.worker.engine else {
-            return Ok(());
+            return Ok(0);
         };
         uring
             .submit()
             .map_err(|e| HandlerError::new(format!("io_uring refuses requests: {e}")))?;
-        self.complete()?;
+        let done = self.complete()?;
         let Engine::Uring(uring) = &mut self.worker.engine else {
-            return Ok(());
+            return Ok(done);
         };
         // Requests of several steps go on in the next turn, and so does what the kernel had no memory for. One that is
         // stalled is told of room by its completions; there may have been the last of them just now.
         if uring.has_pending() || self.worker.stalled && uring.has_room() {
             self.queues[0].rearm();
         }
-        Ok(())
+        Ok(done)
     }
 }
 
@@ -147,12 +177,17 @@ impl Worker {
 }
 
 impl Serve for Worker {
+    fn comes_back(&self) -> bool {
+        self.comes_back
+    }
+
     fn is_ready(&mut self) -> bool {
         self.stalled = !self.has_room();
-        !self.stalled && self.limiter.admits()
+        !self.stalled && self.room > 0 && self.limiter.admits()
     }
 
     fn serve(&mut self, memory: &GuestMemoryMmap, chain: Chain<'_>, budget: &mut Budget) -> Option<u32> {
+        self.room = self.room.saturating_sub(1);
         let parsed = self.request.parse(memory, chain);
         budget.charge(cost(&self.request));
         self.limiter
@@ -229,10 +264,7 @@ impl QueueHandler for BlockHandler {
             }
         };
         self.worker.limiter.begin();
-        for at in queues {
-            self.drain(at)?;
-        }
-        self.submit()
+        queues.into_iter().try_for_each(|at| self.turn(at))
     }
 
     /// Waits for what is in flight, which nothing is added to: at most as many requests as the ring holds.
