@@ -28,7 +28,13 @@ struct Change {
 /// configuration leaves out. Without them the kernel takes 9 MiB instead of 12, and a guest of 16 MiB can boot.
 ///
 /// ACPICA does not ask for PCI's configuration space: 6.1 does even when it is built without PCI, and gives ACPI up then.
-const CHANGES: [Change; 4] = [
+///
+/// Memory that the kernel frees after its start (init code, gaps between sections, the initial RAM disk) is not filled
+/// with 0xcc first, an aid for debugging: it made the host find pages for gaps that the guest may never use, and cost
+/// 13 ms of a boot in the lab.
+///
+/// Memory of each CPU is not rounded up to 2 MiB, which were all cleared and then given back but for 168 KiB: 2.7 ms.
+const CHANGES: [Change; 6] = [
     Change {
         file: "arch/x86/kernel/vmlinux.lds.S",
         old: "#define ALIGN_ENTRY_TEXT_BEGIN\t. = ALIGN(PMD_SIZE);",
@@ -48,6 +54,16 @@ const CHANGES: [Change; 4] = [
         file: "include/acpi/acconfig.h",
         old: "#define ACPI_NUM_DEFAULT_SPACES         4",
         new: "#define ACPI_NUM_DEFAULT_SPACES         3",
+    },
+    Change {
+        file: "include/linux/poison.h",
+        old: "#define POISON_FREE_INITMEM\t0xcc",
+        new: "#define POISON_FREE_INITMEM\t(-1)",
+    },
+    Change {
+        file: "arch/x86/kernel/setup_percpu.c",
+        old: "\t\tatom_size = PMD_SIZE;",
+        new: "\t\tatom_size = PAGE_SIZE;",
     },
 ];
 /// Begins the names of the directories that are built in.
