@@ -54,7 +54,7 @@ impl Costs {
 
 /// Measures all on this machine. Where system calls cannot be counted that is told.
 pub fn here() -> Result<Costs> {
-    if let Err(e) = Counter::of_children() {
+    if let Err(e) = Counter::of_next_program() {
         eprintln!("shoal-perf: left out: the numbers of system calls: {e:#}");
     }
     let mut costs = vec![start()?];
@@ -68,7 +68,7 @@ fn start() -> Result<Cost> {
     let guest = probe_guest()?;
     let (mut us, mut calls) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
-        let counter = Counter::of_children().ok();
+        let counter = Counter::of_next_program().ok();
         let running = launch(&Way::Plain(&vmm), &guest, b"R")?;
         if round > 0 {
             us.push(ms(running.elapsed) * 1e3);

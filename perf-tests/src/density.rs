@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::accounts::{Account, Moment};
 use crate::boot::{PROBE_MEMORY_MIB, bar, ms, probe_guest};
 use crate::driver::{Guest, Running, Way, launch, sibling};
 use crate::machine::{mem_available, meminfo};
@@ -40,7 +41,9 @@ pub fn probe(guests: u32) -> Result<Density> {
     // The first start reads the VMM's own file, and makes what the kernel keeps for the next.
     drop(launch(&way, &guest, b"R")?);
 
+    let account = Account::enter();
     let before = own_descriptors()?;
+    let untouched = Moment::now(account.as_ref());
     let mut fleet = Vec::new();
     let mut density = Density {
         guests_asked: guests,
@@ -50,6 +53,8 @@ pub fn probe(guests: u32) -> Result<Density> {
         host_mb_per_guest: 0.0,
         host_mb_per_guest_end_to_end: 0.0,
         pss_mb_per_guest: 0.0,
+        shares: Vec::new(),
+        accounts: if account.is_some() { "cgroup" } else { "machine" }.into(),
         rest_cpu_percent: 0.0,
         start_ms: 0.0,
         starts_ms: Vec::new(),
@@ -58,6 +63,7 @@ pub fn probe(guests: u32) -> Result<Density> {
     };
     fill(&mut density, &mut fleet, &way, &guest)?;
     if !fleet.is_empty() {
+        density.shares = Moment::now(account.as_ref()).shares(&untouched, density.guests);
         density.rest_cpu_percent = rest(&fleet)?;
     }
     let pids: Vec<u32> = fleet.iter().map(Running::pid).collect();
@@ -243,6 +249,12 @@ pub fn print(d: &Density) {
         d.host_mb_per_guest_end_to_end
     );
     println!("  PSS per guest          {:8.3} MB", d.pss_mb_per_guest);
+    for share in &d.shares {
+        println!(
+            "    {:<20} {:8.3} MB (by the {}'s account)",
+            share.kind, share.mb, d.accounts
+        );
+    }
     println!(
         "  processor time at rest {:8.3} % of one, all guests together",
         d.rest_cpu_percent

@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+mod accounts;
 mod all;
 mod api;
 mod boot;

@@ -362,13 +362,32 @@ pub fn ratios(title: &str, unit: &str, all: &[Ratio<'_>]) -> Plot {
     plot
 }
 
-/// Lines, or dots where `dots` says so, over the number of guests.
-pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], dots: bool) -> Plot {
+/// How figures over the number of guests are drawn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// Lines from zero.
+    Lines,
+    /// Lines, logarithmic.
+    LogLines,
+    /// Dots.
+    Dots,
+}
+
+/// Figures over the number of guests.
+pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], look: Look) -> Plot {
     let (left, right, top, bottom) = (60.0, WIDTH - 20.0, 30.0, 270.0);
     let mut plot = Plot::new(title, 0.0);
     let all = || series.iter().flat_map(|s| s.1.iter());
     let x = Axis::linear(all().map(|p| p.0).fold(0.0, f64::max), (left, right));
-    let y = Axis::linear(all().map(|p| p.1).fold(0.0, f64::max) * 1.05, (bottom, top));
+    let most = all().map(|p| p.1).fold(0.0, f64::max);
+    let y = match look {
+        Look::LogLines => Axis::log(
+            all().map(|p| p.1).fold(f64::INFINITY, f64::min),
+            most,
+            (bottom, top),
+        ),
+        _ => Axis::linear(most * 1.05, (bottom, top)),
+    };
     draw_x(&mut plot, &x, (top, bottom), "guests running");
     draw_y(&mut plot, &y, (left, right), unit);
     for (i, (_, points)) in series.iter().enumerate() {
@@ -376,7 +395,7 @@ pub fn over_guests(title: &str, unit: &str, series: &[(&str, Vec<(f64, f64)>)], 
             .iter()
             .map(|p| (x.place(p.0), y.place(p.1.max(0.0))))
             .collect();
-        if dots {
+        if look == Look::Dots {
             for place in placed {
                 plot.dot(place, 2.5, i);
             }
@@ -454,10 +473,16 @@ mod tests {
             timeline("t", &[]),
             timeline("t", &[("a", 0.0), ("b", -1.0)]),
             ratios("t", "u", &[]),
-            over_guests("t", "u", &[("a", vec![])], false),
+            over_guests("t", "u", &[("a", vec![])], Look::Lines),
+            over_guests(
+                "t",
+                "u",
+                &[("a", vec![]), ("b", vec![(0.0, 0.0), (1.0, 1e9)])],
+                Look::LogLines,
+            ),
             history("t", "u", &[]),
             history("t", "u", &[("a", -1.0), ("b", 0.0)]),
-            over_guests("t", "u", &[("a", vec![(0.0, -5.0), (1e9, 1e9)])], true),
+            over_guests("t", "u", &[("a", vec![(0.0, -5.0), (1e9, 1e9)])], Look::Dots),
         ] {
             let svg = plot.inline();
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");

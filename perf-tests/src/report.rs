@@ -299,6 +299,22 @@ fn density_run(d: &Density) -> Part {
         );
     }
     line(&mut html, "</table>");
+    if !d.shares.is_empty() {
+        let head = format!(
+            "<table><tr><th>a guest's memory by the {}'s account<th class=n>MB</tr>",
+            escape(&d.accounts)
+        );
+        line(&mut html, &head);
+        for share in &d.shares {
+            let row = format!(
+                "<tr><td>{}<td class=n>{}</tr>",
+                escape(&share.kind),
+                short(share.mb)
+            );
+            line(&mut html, &row);
+        }
+        line(&mut html, "</table>");
+    }
     if let Some(why) = &d.stopped_because {
         let why = escape(why);
         line(
@@ -328,7 +344,7 @@ fn density_run(d: &Density) -> Part {
     let plots = vec![
         (
             "memory",
-            plot::over_guests("Host memory against guests", "MB", &memory, false),
+            plot::over_guests("Host memory against guests", "MB", &memory, plot::Look::Lines),
         ),
         (
             "starts",
@@ -336,7 +352,7 @@ fn density_run(d: &Density) -> Part {
                 "Start latency against guests",
                 "ms",
                 &[("one start", starts)],
-                true,
+                plot::Look::Dots,
             ),
         ),
     ];
@@ -432,6 +448,8 @@ mod tests {
             host_mb_per_guest: 0.0,
             host_mb_per_guest_end_to_end: 0.0,
             pss_mb_per_guest: 0.0,
+            shares: vec![],
+            accounts: String::new(),
             rest_cpu_percent: 0.0,
             start_ms: 0.0,
             starts_ms: vec![],

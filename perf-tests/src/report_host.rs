@@ -36,7 +36,12 @@ pub fn api_calls(api: &Api) -> Part {
     }
     let mut plots = vec![(
         "calls",
-        plot::over_guests("Median latency of calls against guests", "ms", &curves, false),
+        plot::over_guests(
+            "Median latency of calls against guests",
+            "ms (logarithmic)",
+            &curves,
+            plot::Look::LogLines,
+        ),
     )];
     if let Some(last) = api.points.last() {
         let series: Vec<(&str, &[f64])> = last

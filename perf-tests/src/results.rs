@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::accounts::Share;
 use crate::api::Api;
 use crate::churn::Churn;
 use crate::costs::Costs;
@@ -218,6 +219,12 @@ pub struct Density {
     pub host_mb_per_guest_end_to_end: f64,
     /// Sum of the PSS of all VMMs, per guest, at the end (MB).
     pub pss_mb_per_guest: f64,
+    /// Where a guest's memory is, by the kernel's accounts (MB); `kernel` is the sum of those that follow it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
+    /// Whose accounts: `cgroup` (nothing else is in it) or `machine` (all programs are).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub accounts: String,
     /// Processor time of all VMMs together while all guests idle, as a share of one processor (percent).
     pub rest_cpu_percent: f64,
     /// Median latency of all starts (ms).
@@ -449,6 +456,12 @@ impl Density {
             self.host_mb_per_guest_end_to_end.abs(),
         )?;
         figure("pss_mb_per_guest", self.pss_mb_per_guest)?;
+        text("accounts", &self.accounts)?;
+        count("shares", self.shares.len(), MAX_SUBJECTS)?;
+        for share in &self.shares {
+            text("a kind of memory", &share.kind)?;
+            figure("a kind of memory", share.mb.abs())?;
+        }
         figure("rest_cpu_percent", self.rest_cpu_percent)?;
         figure("start_ms", self.start_ms)?;
         samples("starts_ms", &self.starts_ms)?;
