@@ -40,7 +40,7 @@ pub fn net() -> (Box<dyn VirtioDevice>, UnixStream) {
     let far = sockets::connect(&listener, libc::SOCK_SEQPACKET);
     let near = UnixListener::from(listener).accept().expect("a connection").0;
     let spec = NetSpec {
-        fd: FdSlot(0),
+        fds: vec![FdSlot(0)],
         mac: [2; 6],
         ..NetSpec::default()
     };

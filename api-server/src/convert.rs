@@ -25,6 +25,7 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
                 api::DiskEngine::IoUring => shoal_host::DiskEngine::IoUring,
             },
             limits: limits(disk.limits),
+            queues: disk.queues,
         });
     let networks = guest.networks.into_iter().enumerate().map(|(i, network)| {
         let mac = network
@@ -45,6 +46,7 @@ pub fn spec(guest: api::CreateGuest) -> Result<GuestSpec, ApiError> {
             mac,
             rx_limits: limits(network.rx_limits),
             tx_limits: limits(network.tx_limits),
+            queues: network.queues,
         })
     });
     Ok(GuestSpec {
@@ -144,6 +146,7 @@ pub fn guest(view: &GuestView, memory: Option<MemoryFigures>) -> api::Guest {
                     shoal_host::DiskEngine::IoUring => api::DiskEngine::IoUring,
                 },
                 limits: shown_limits(d.limits),
+                queues: d.queues,
             })
             .collect(),
         networks: spec
@@ -154,6 +157,7 @@ pub fn guest(view: &GuestView, memory: Option<MemoryFigures>) -> api::Guest {
                 mac: n.mac.map(|mac| mac.to_string()),
                 rx_limits: shown_limits(n.rx_limits),
                 tx_limits: shown_limits(n.tx_limits),
+                queues: n.queues,
             })
             .collect(),
         vsock: view.vsock.as_ref().map(|v| api::GuestVsock {

@@ -114,6 +114,26 @@ fn descriptions_that_cannot_be_used_name_their_field() {
             "1 to 20",
         ),
         (
+            json!({"disks": [{"path": "/d", "queues": 2}]}),
+            Some("disks[0].queues"),
+            "not 1 to 1",
+        ),
+        (
+            json!({"vcpus": 4, "networks": [{"tap": "t", "queues": 5}]}),
+            Some("networks[0].queues"),
+            "not 1 to 4",
+        ),
+        (
+            json!({"vcpus": 32, "networks": [{"tap": "t", "queues": 30}, {"tap": "u", "queues": 30}]}),
+            Some("networks"),
+            "fewer queues",
+        ),
+        (
+            json!({"vcpus": 2, "disks": [{"path": "/d", "queues": 0}]}),
+            Some("disks[0].queues"),
+            "not 1 to 2",
+        ),
+        (
             json!({"disks": [{"path": "/d", "engine": "threads"}]}),
             Some("disks[0].engine"),
             "`sync` or `io_uring`",

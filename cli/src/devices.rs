@@ -11,7 +11,7 @@ pub fn disk(text: &str) -> Result<(&str, Disk)> {
             "ro" => disk.read_only = true,
             "io_uring" => disk.engine = DiskEngine::IoUring,
             "sync" => disk.engine = DiskEngine::Sync,
-            word if limit(&mut disk.limits, word)? => {}
+            word if queues(&mut disk.queues, word)? || limit(&mut disk.limits, word)? => {}
             _ => break,
         }
         path = rest;
@@ -30,11 +30,11 @@ pub fn network(text: &str) -> Result<Network> {
         let known = match word.split_once('.') {
             Some(("rx", word)) => limit(&mut network.rx_limits, word)?,
             Some(("tx", word)) => limit(&mut network.tx_limits, word)?,
-            _ => false,
+            _ => queues(&mut network.queues, word)?,
         };
         if !known {
             bail!(
-                "{word:?} says nothing about a network interface; use rx.bandwidth=RATE, rx.operations=RATE, \
+                "{word:?} says nothing about a network interface; use queues=N, rx.bandwidth=RATE, rx.operations=RATE, \
                  tx.bandwidth=RATE or tx.operations=RATE"
             );
         }
@@ -72,6 +72,17 @@ pub fn set_limits(device: &str, words: &[String]) -> Result<SetLimits> {
         _ => bail!("{device:?} names no device; use disk:ID, tap:NAME:rx, tap:NAME:tx, vsock or rng"),
     }
     Ok(set)
+}
+
+/// Takes `queues=N`. False: it is another word.
+fn queues(queues: &mut u32, word: &str) -> Result<bool> {
+    let Some(number) = word.strip_prefix("queues=") else {
+        return Ok(false);
+    };
+    *queues = number
+        .parse()
+        .map_err(|_| anyhow!("{number:?} is no number of queues"))?;
+    Ok(true)
 }
 
 /// Takes `bandwidth=RATE` and `operations=RATE`. False: it is neither.
@@ -152,7 +163,9 @@ mod tests {
         let (path, limited) = disk("a:bandwidth=10M/64K:ro:operations=2K").unwrap();
         assert_eq!((path, limited.read_only), ("a", true));
         let want = limits(Some((10 << 20, Some(64 << 10))), Some((2000, None)));
-        assert_eq!(limited.limits, want);
+        assert_eq!((limited.limits, limited.queues), (want, 1));
+        assert_eq!(disk("a:queues=4:ro").unwrap().1.queues, 4);
+        assert!(disk("a:queues=x").is_err() && disk("a:bandwidth=").is_err());
     }
 
     #[test]
@@ -162,6 +175,7 @@ mod tests {
         assert_eq!(n.rx_limits, limits(Some((1 << 30, None)), None));
         assert_eq!(n.tx_limits, limits(None, Some((5, Some(1)))));
         assert_eq!(network("tap0").unwrap().rx_limits, Limits::default());
+        assert_eq!((n.queues, network("tap0:queues=2").unwrap().queues), (1, 2));
         for bad in [
             "tap0:bandwidth=1",
             "tap0:rx.speed=1",

@@ -170,12 +170,14 @@ pub struct Run {
     /// Memory: 128M, 2G; without a unit in MiB.
     #[arg(long, default_value = "128M", value_name = "SIZE", value_parser = mebibytes)]
     pub memory: u64,
-    /// A disk. Words behind it: `ro` makes it read-only, `io_uring` has its requests done many at once, `bandwidth=RATE`
-    /// and `operations=RATE` limit it (see shoal limit --help). May be given again.
+    /// A disk. Words behind it: `ro` makes it read-only, `io_uring` has its requests done many at once, `queues=N` gives it
+    /// several queues (at most one for each vCPU), `bandwidth=RATE` and `operations=RATE` limit it (see shoal limit
+    /// --help). May be given again.
     #[arg(long = "disk", value_name = "PATH[:WORD]…")]
     pub disks: Vec<String>,
-    /// A network interface on an existing TAP. Words behind it limit it: `rx.bandwidth=RATE`, `rx.operations=RATE` (to the
-    /// guest), `tx.bandwidth=RATE`, `tx.operations=RATE`. May be given again.
+    /// A network interface on an existing TAP. Words behind it: `queues=N` gives it several pairs of queues (at most one for
+    /// each vCPU; the TAP has to be made with multi_queue), `rx.bandwidth=RATE`, `rx.operations=RATE` (to the guest),
+    /// `tx.bandwidth=RATE` and `tx.operations=RATE` limit it. May be given again.
     #[arg(long = "tap", value_name = "NAME[:WORD]…")]
     pub taps: Vec<String>,
     /// A socket device; Shoal's image always has one.

@@ -127,13 +127,18 @@ pub fn details(g: &Guest) -> String {
             DiskEngine::IoUring => " (io_uring)",
         };
         let id = disk.id.as_deref().unwrap_or("");
+        let queues = queues(disk.queues);
         let limits = devices::shown("", &disk.limits);
-        row("disk", format!("{id} {}{mode}{engine}{limits}", disk.path));
+        row(
+            "disk",
+            format!("{id} {}{mode}{engine}{queues}{limits}", disk.path),
+        );
     }
     for network in &g.networks {
         let mac = network.mac.as_deref().unwrap_or("");
         let limits = devices::shown("rx ", &network.rx_limits) + &devices::shown("tx ", &network.tx_limits);
-        row("network", format!("{} {mac}{limits}", network.tap));
+        let queues = queues(network.queues);
+        row("network", format!("{} {mac}{queues}{limits}", network.tap));
     }
     if let Some(vsock) = &g.vsock {
         let limits = devices::shown("", &vsock.limits);
@@ -153,6 +158,15 @@ pub fn details(g: &Guest) -> String {
         text.push_str(&timeline(&g.timeline));
     }
     text
+}
+
+/// Several queues are worth a word.
+fn queues(count: u32) -> String {
+    if count > 1 {
+        format!(", {count} queues")
+    } else {
+        String::new()
+    }
 }
 
 /// A boot timeline: each step, when it was done, and how long it took.

@@ -48,6 +48,8 @@ fn disk(engine: EngineKind, saved: Option<&Section>) -> Box<dyn VirtioDevice> {
         id: "hostile".into(),
         fd: FdSlot(0),
         engine,
+        // Rings of either kind of several queues.
+        queues: 3,
         ..BlockSpec::default()
     };
     build(AnyDeviceSpec::Block(spec), vec![file.into()], saved)
@@ -66,24 +68,32 @@ fn vsock(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
 
 /// A TAP needs rights that a test may not have; what the device does with its rings is the same over a socket.
 fn net(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
-    let listener = sockets::listener(libc::SOCK_SEQPACKET);
-    let far = sockets::connect(&listener, libc::SOCK_SEQPACKET);
-    let near = std::os::unix::net::UnixListener::from(listener)
-        .accept()
-        .unwrap()
-        .0;
-    // What the guest sends fills the socket; the far end has something to say first.
-    (0..20).for_each(|_| _ = std::io::Write::write(&mut &far, &[1; 3000]).unwrap());
-    std::mem::forget(far);
+    network(1, saved)
+}
+
+/// The same with several pairs of queues, and a control queue.
+fn net_pairs(saved: Option<&Section>) -> Box<dyn VirtioDevice> {
+    network(3, saved)
+}
+
+fn network(pairs: usize, saved: Option<&Section>) -> Box<dyn VirtioDevice> {
+    let near = (0..pairs).map(|_| {
+        let listener = sockets::listener(libc::SOCK_SEQPACKET);
+        let far = sockets::connect(&listener, libc::SOCK_SEQPACKET);
+        // What the guest sends fills the socket; the far end has something to say first.
+        (0..20).for_each(|_| _ = std::io::Write::write(&mut &far, &[1; 3000]).unwrap());
+        std::mem::forget(far);
+        let listener = std::os::unix::net::UnixListener::from(listener);
+        listener.accept().unwrap().0.into()
+    });
     let spec = NetSpec {
-        fd: FdSlot(0),
+        fds: vec![FdSlot(0)],
         mac: [2; 6],
         ..NetSpec::default()
     };
-    if let Some(saved) = saved {
-        saved.decode::<crate::virtio::net::NetState>().unwrap();
-    }
-    spec.over_socket(near.into()).unwrap()
+    let saved = saved.map(|s| s.decode().unwrap());
+    spec.over_sockets(near.collect(), &mut BuildEnv::new(Vec::new()), saved)
+        .unwrap()
 }
 
 macro_rules! devices {
@@ -134,4 +144,4 @@ macro_rules! devices {
     )+};
 }
 
-devices!(rng, block, block_uring, net, vsock);
+devices!(rng, block, block_uring, net, net_pairs, vsock);

@@ -18,10 +18,12 @@ use crate::spec::Disk;
 /// Size of a sector (bytes; virtio 1.2 §5.2.4).
 const SECTOR: u64 = 512;
 
-/// Device and inode: the same file under any path.
+/// Device and inode: the same file under any path. Or [`TAP`] and the index of an interface.
 type FileId = (u64, u64);
+/// No device's number.
+const TAP: u64 = u64::MAX;
 
-/// Who uses which file.
+/// Who uses which file, and which TAP.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DiskUsers(Arc<Mutex<HashMap<FileId, Vec<String>>>>);
 
@@ -33,7 +35,23 @@ impl DiskUsers {
 
     /// Notes a user until the guard is dropped.
     pub fn note(&self, file: &Metadata, guest: &str) -> DiskUse {
-        let id = (file.dev(), file.ino());
+        self.note_id((file.dev(), file.ino()), guest)
+    }
+
+    /// Notes a user of the interface with this index until the guard is dropped.
+    pub fn note_tap(&self, index: u32, guest: &str) -> DiskUse {
+        self.note_id((TAP, index.into()), guest)
+    }
+
+    /// The guest that uses the interface with this index.
+    pub fn tap_user(&self, index: u32) -> Option<String> {
+        self.with(|m| {
+            m.get(&(TAP, index.into()))
+                .and_then(|guests| guests.first().cloned())
+        })
+    }
+
+    fn note_id(&self, id: FileId, guest: &str) -> DiskUse {
         self.with(|m| m.entry(id).or_default().push(guest.to_owned()));
         DiskUse {
             users: self.clone(),
@@ -51,7 +69,7 @@ impl DiskUsers {
     }
 }
 
-/// A guest uses a file.
+/// A guest uses a file or an interface.
 #[derive(Debug)]
 pub(crate) struct DiskUse {
     users: DiskUsers,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use shoal_devices::spec::{AnyDeviceSpec, FdSlot};
 use shoal_devices::virtio::block::BlockSpec;
 use shoal_devices::virtio::net::NetSpec;
-use shoal_devices::virtio::net::open::{OpenTapError, open_tap};
+use shoal_devices::virtio::net::open::{OpenTapError, interface_index, open_tap};
 use shoal_devices::virtio::rng::RngSpec;
 use shoal_devices::virtio::vsock::VsockSpec;
 use shoal_vmm::kernel::{LoadedInitrd, LoadedKernel};
@@ -63,7 +63,7 @@ struct Hand(Vec<Handed>);
 impl Hand {
     fn add(&mut self, handed: Handed) -> FdSlot {
         self.0.push(handed);
-        // Far fewer than MAX_FDS: at most 15 devices with 2 each, and 5 others.
+        // At most MAX_FDS: checked with the description.
         FdSlot((self.0.len() - 1) as u16)
     }
 
@@ -100,7 +100,8 @@ pub(crate) fn prepare(
     };
     let mut devices = Vec::new();
     let disks = open_disks(id, spec, shared, &mut hand, &mut devices)?;
-    open_networks(spec, &mut hand, &mut devices)?;
+    let mut disks = disks;
+    disks.extend(open_networks(id, spec, shared, &mut hand, &mut devices)?);
     dir.remove_sockets();
     let vsock = open_vsock(spec, dir, &mut hand, &mut devices)?;
     devices.push(AnyDeviceSpec::Rng(RngSpec {
@@ -223,45 +224,63 @@ fn open_disks(
             read_only: disk.read_only,
             engine: disk.engine,
             limits: disk.limits,
+            // Checked with the description: 1 to 32.
+            queues: disk.queues as u8,
         }));
     }
     Ok(uses)
 }
 
-/// Notes which files an adopted guest has open. Its VMM holds their locks.
+/// Notes which files and interfaces an adopted guest has open. Its VMM holds the locks of the files.
 pub(crate) fn note_disks(id: &str, spec: &GuestSpec, shared: &Shared) -> Vec<DiskUse> {
     let metadata = spec.disks.iter().filter_map(|d| std::fs::metadata(&d.path).ok());
-    metadata.map(|meta| shared.disks.note(&meta, id)).collect()
+    let taps = spec.networks.iter().filter_map(|n| interface_index(&n.tap));
+    metadata
+        .map(|meta| shared.disks.note(&meta, id))
+        .chain(taps.map(|index| shared.disks.note_tap(index, id)))
+        .collect()
 }
 
 fn open_networks(
+    id: &str,
     spec: &GuestSpec,
+    shared: &Shared,
     hand: &mut Hand,
     devices: &mut Vec<AnyDeviceSpec>,
-) -> Result<(), HostError> {
+) -> Result<Vec<DiskUse>, HostError> {
+    let mut uses = Vec::new();
     for (i, network) in spec.networks.iter().enumerate() {
         let field = format!("networks[{i}].tap");
-        let tap = open_tap(&network.tap).map_err(|error| match error {
-            OpenTapError::Busy(what) => HostError::InUse {
-                field,
-                what: format!("the interface {what:?}"),
-                by: "another process".into(),
-            },
-            error => HostError::invalid(field, chain(&error)),
+        let in_use = |by: String| HostError::InUse {
+            field: field.clone(),
+            what: format!("the interface {:?}", network.tap),
+            by,
+        };
+        // The kernel lets any number of processes have queues of one TAP.
+        if let Some(index) = interface_index(&network.tap) {
+            if let Some(by) = shared.disks.tap_user(index) {
+                return Err(in_use(format!("guest {by}")));
+            }
+            uses.push(shared.disks.note_tap(index, id));
+        }
+        // Checked with the description: 1 to 32.
+        let queues = open_tap(&network.tap, network.queues as u8).map_err(|error| match error {
+            OpenTapError::Busy(_) => in_use("another process".into()),
+            error => HostError::invalid(field.clone(), chain(&error)),
         })?;
         // Chosen when the guest was created.
         let mac = network
             .mac
             .ok_or_else(|| HostError::invalid(format!("networks[{i}].mac"), "is missing"))?;
         devices.push(AnyDeviceSpec::Net(NetSpec {
-            fd: hand.own(tap),
+            fds: queues.into_iter().map(|queue| hand.own(queue)).collect(),
             mac: mac.0,
             mtu: None,
             rx_limits: network.rx_limits,
             tx_limits: network.tx_limits,
         }));
     }
-    Ok(())
+    Ok(uses)
 }
 
 fn open_vsock(

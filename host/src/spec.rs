@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use shoal_devices::limit::{Limits as RateLimits, Rate};
 pub use shoal_devices::virtio::block::EngineKind as DiskEngine;
 use shoal_vmm::config::{MAX_DEVICES, MAX_VCPUS, cmdline_room};
+use shoal_vmm::protocol::MAX_FDS;
 
 use crate::error::HostError;
 
@@ -33,6 +34,10 @@ impl Limits {
     /// Least and most output that the console keeps (KiB).
     pub const CONSOLE_KIB: std::ops::RangeInclusive<u32> = 16..=64 << 10;
 }
+
+/// What is handed to a VMM beside disks and queues of networks: /dev/kvm, kernel, initial RAM disk, console, exit record,
+/// and the two sockets of a socket device.
+const OTHER_DESCRIPTORS: usize = 7;
 
 /// The lowest context id of a guest (virtio 1.2 §5.10.4); a guest gets it unless its owner chooses another.
 pub(crate) const FIRST_CID: u32 = 3;
@@ -66,7 +71,7 @@ pub struct GuestSpec {
 }
 
 /// A disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     /// What the guest reads as the disk's serial number.
     pub id: String,
@@ -80,10 +85,30 @@ pub struct Disk {
     /// How many requests are done, and how much data they move.
     #[serde(default)]
     pub limits: RateLimits,
+    /// Number of request queues, at most one for each vCPU.
+    #[serde(default = "one")]
+    pub queues: u32,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            path: PathBuf::new(),
+            read_only: false,
+            engine: DiskEngine::default(),
+            limits: RateLimits::default(),
+            queues: one(),
+        }
+    }
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// A network interface.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
     /// The TAP interface; it must exist.
     pub tap: String,
@@ -95,6 +120,21 @@ pub struct Network {
     /// Packets from the guest.
     #[serde(default)]
     pub tx_limits: RateLimits,
+    /// Number of pairs of queues, at most one for each vCPU. More than one needs a TAP made with `multi_queue`.
+    #[serde(default = "one")]
+    pub queues: u32,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            tap: String::new(),
+            mac: None,
+            rx_limits: RateLimits::default(),
+            tx_limits: RateLimits::default(),
+            queues: one(),
+        }
+    }
 }
 
 /// A socket device.
@@ -154,6 +194,16 @@ impl GuestSpec {
             console_kib: 256,
             rng_limits: RateLimits::default(),
         }
+    }
+
+    /// All numbers of queues, each with its field.
+    fn queues(&self) -> Vec<(String, u32)> {
+        let disks = self.disks.iter().enumerate();
+        let networks = self.networks.iter().enumerate();
+        disks
+            .map(|(i, d)| (format!("disks[{i}].queues"), d.queues))
+            .chain(networks.map(|(i, n)| (format!("networks[{i}].queues"), n.queues)))
+            .collect()
     }
 
     /// All limits, each with its field.
@@ -272,6 +322,25 @@ impl GuestSpec {
                     "a guest's address is a unicast one: its first byte is even, and it is not all zeros";
                 return Err(HostError::invalid(format!("networks[{i}].mac"), why));
             }
+        }
+        for (field, queues) in self.queues() {
+            if !(1..=self.vcpus).contains(&queues) {
+                let why = format!(
+                    "{queues} queues, not 1 to {}: one for each vCPU at most",
+                    self.vcpus
+                );
+                return Err(HostError::invalid(field, why));
+            }
+        }
+        let descriptors = self.disks.len()
+            + self.networks.iter().map(|n| n.queues as usize).sum::<usize>()
+            + OTHER_DESCRIPTORS;
+        if descriptors > MAX_FDS {
+            let why = format!(
+                "disks and queues of networks need {descriptors} descriptors, at most {MAX_FDS} can be handed over: \
+                 give the networks fewer queues"
+            );
+            return Err(HostError::invalid("networks", why));
         }
         for (field, limits) in self.limits() {
             limits.check().map_err(|(rate, bad)| {

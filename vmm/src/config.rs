@@ -217,6 +217,18 @@ fn check_devices(config: &VmConfig) -> Result<(), ConfigError> {
             format!("{} devices, at most {MAX_DEVICES} fit", config.devices.len()),
         );
     }
+    for (i, device) in config.devices.iter().enumerate() {
+        let queues = match device {
+            AnyDeviceSpec::Block(disk) => usize::from(disk.queues),
+            AnyDeviceSpec::Net(net) => net.fds.len(),
+            _ => continue,
+        };
+        let vcpus = config.vcpus;
+        if !(1..=usize::from(vcpus)).contains(&queues) {
+            let why = format!("{queues} queues, not 1 to {vcpus}: one for each vCPU at most");
+            return refuse(format!("devices[{i}].queues"), why);
+        }
+    }
     if config
         .devices
         .iter()

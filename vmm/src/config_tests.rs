@@ -154,3 +154,21 @@ fn only_a_disk_on_io_uring_widens_the_event_loop_s_filter() {
     c.devices.push(disk(EngineKind::IoUring));
     assert_eq!(c.event_loop_kind(), ThreadKind::EventLoopUring);
 }
+
+#[test]
+fn a_device_has_a_queue_for_each_vcpu_at_most() {
+    let field = |vcpus, queues| {
+        let disk = shoal_devices::virtio::block::BlockSpec {
+            queues,
+            ..Default::default()
+        };
+        let mut c = good();
+        c.vcpus = vcpus;
+        c.devices = vec![rng(), AnyDeviceSpec::Block(disk)];
+        c.validate().err().map(|e| e.field)
+    };
+    assert_eq!((field(1, 1), field(4, 4), field(4, 2)), (None, None, None));
+    for (vcpus, queues) in [(1, 0), (1, 2), (4, 5), (32, 33)] {
+        assert_eq!(field(vcpus, queues).as_deref(), Some("devices[1].queues"));
+    }
+}

@@ -77,7 +77,7 @@ pub struct Initrd {
 }
 
 /// A disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// What the guest reads as the disk's serial number: 1 to 20 letters, digits, `-`, `_` or `.`; `disk0`, `disk1`, …
@@ -97,6 +97,27 @@ pub struct Disk {
     /// How many requests are done, and how much data they move.
     #[serde(default, skip_serializing_if = "Limits::are_none")]
     pub limits: Limits,
+    /// Number of request queues, at most one for each vCPU.
+    #[serde(default = "one_queue")]
+    #[schema(minimum = 1, maximum = 32, default = 1)]
+    pub queues: u32,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self {
+            id: None,
+            path: String::new(),
+            read_only: false,
+            engine: DiskEngine::default(),
+            limits: Limits::default(),
+            queues: one_queue(),
+        }
+    }
+}
+
+fn one_queue() -> u32 {
+    1
 }
 
 /// Limits of a device. What is missing is not limited.
@@ -191,7 +212,7 @@ pub enum DiskEngine {
 }
 
 /// A network interface.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
     /// A TAP interface of the host. It must exist and be used by nobody else.
@@ -207,6 +228,23 @@ pub struct Network {
     /// Packets from the guest.
     #[serde(default, skip_serializing_if = "Limits::are_none")]
     pub tx_limits: Limits,
+    /// Number of pairs of queues, at most one for each vCPU. More than one needs an interface that was made with
+    /// `ip tuntap add NAME mode tap multi_queue`, one needs an interface made without.
+    #[serde(default = "one_queue")]
+    #[schema(minimum = 1, maximum = 32, default = 1)]
+    pub queues: u32,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            tap: String::new(),
+            mac: None,
+            rx_limits: Limits::default(),
+            tx_limits: Limits::default(),
+            queues: one_queue(),
+        }
+    }
 }
 
 /// A socket device (virtio-vsock).

@@ -47,6 +47,10 @@ pub enum DeviceKind {
     Vsock = 19,
 }
 
+/// The most request queues of a disk, and the most pairs of queues of a network interface: as many as a guest has vCPUs
+/// at most.
+pub const MAX_QUEUES: u8 = 32;
+
 /// The control half of a device.
 pub trait VirtioDevice: Send {
     /// Which device this is.

@@ -103,5 +103,6 @@ pub const CONSTANTS: &[(&str, u64)] = &[
     ("SOCK_STREAM", 0x1),
     ("TUNSETIFF", 0x400454ca),
     ("TUNSETOFFLOAD", 0x400454d0),
+    ("TUNSETQUEUE", 0x400454d9),
     ("TUNSETVNETHDRSZ", 0x400454d8),
 ];

@@ -150,12 +150,12 @@ fn inside(args: &NetArgs) -> Result<IoResult> {
 fn ours(starter: &shoal::Starter) -> Contender<'_> {
     Contender::new("shoal", "", |words| {
         let spec = AnyDeviceSpec::Net(NetSpec {
-            fd: shoal::slot(0),
+            fds: vec![shoal::slot(0)],
             mac: [2, 0, 0, 0, 0, 1],
             mtu: None,
             ..NetSpec::default()
         });
-        let vmm = starter.start(words, vec![spec], &[open_tap(TAP)?])?;
+        let vmm = starter.start(words, vec![spec], &open_tap(TAP, 1)?)?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)
     })
 }

@@ -5,7 +5,7 @@ use std::io;
 use vm_memory::GuestMemoryMmap;
 
 use super::super::ring::{Budget, Chain, Serve};
-use super::super::{Activation, ActiveQueue, HandlerError, QueueHandler, Stopped};
+use super::super::{Activation, ActiveQueue, HandlerError, MAX_QUEUES, QueueHandler, Stopped};
 use super::engine::Engine;
 use super::job::Disk;
 use super::request::{Operation, Request, Status};
@@ -15,6 +15,7 @@ use crate::limit::Limiter;
 
 /// The ring of io_uring; a smaller token is a queue's position.
 const RING: Token = Token(64);
+const _: () = assert!(MAX_QUEUES <= 64, "positions are bits of a word, too");
 /// The limiter's.
 const TIMER: Token = Token(65);
 /// Requests that io_uring is told of at once: while it does them, the driver takes those before and refills the ring.

@@ -14,7 +14,7 @@ use std::os::unix::fs::FileTypeExt;
 use serde::{Deserialize, Serialize};
 
 use super::core::RING_FEATURES;
-use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice};
+use super::{ActivateError, Activation, DeviceKind, MAX_QUEUES, QueueHandler, Stopped, VirtioDevice};
 use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
 use crate::sys::{open_flags, set_blocking};
@@ -37,12 +37,13 @@ mod feature {
     pub const RO: u64 = 1 << 5;
     pub const BLK_SIZE: u64 = 1 << 6;
     pub const FLUSH: u64 = 1 << 9;
+    pub const MQ: u64 = 1 << 12;
     pub const DISCARD: u64 = 1 << 13;
     pub const WRITE_ZEROES: u64 = 1 << 14;
 }
 
 /// A disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockSpec {
     /// What GET_ID returns: at most [`ID_LEN`] bytes of printable ASCII.
     pub id: String,
@@ -55,6 +56,21 @@ pub struct BlockSpec {
     pub engine: EngineKind,
     /// How many requests are done, and how much data they move.
     pub limits: Limits,
+    /// Number of request queues, 1 to [`MAX_QUEUES`]: one for each vCPU spares the guest locks.
+    pub queues: u8,
+}
+
+impl Default for BlockSpec {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            fd: FdSlot::default(),
+            read_only: false,
+            engine: EngineKind::default(),
+            limits: Limits::default(),
+            queues: 1,
+        }
+    }
 }
 
 /// The device's saved state.
@@ -78,6 +94,9 @@ impl DeviceSpec for BlockSpec {
         saved: Option<BlockState>,
     ) -> Result<Box<dyn VirtioDevice>, BuildError> {
         let id = self.identity()?;
+        if !(1..=MAX_QUEUES).contains(&self.queues) {
+            return Err(invalid(format!("{} queues, not 1 to {MAX_QUEUES}", self.queues)));
+        }
         let file = File::from(env.take(self.fd)?);
         let sectors = sectors(&file)?;
         if let Some(BlockState { sectors: was }) = saved
@@ -96,6 +115,7 @@ impl DeviceSpec for BlockSpec {
             id,
             sectors,
             read_only: self.read_only,
+            queue_sizes: vec![QUEUE_SIZE; usize::from(self.queues)],
             backend: Some(Backend {
                 file,
                 engine,
@@ -200,6 +220,7 @@ struct Block {
     id: [u8; ID_LEN],
     sectors: u64,
     read_only: bool,
+    queue_sizes: Vec<u16>,
     /// With the handler while the device is active.
     backend: Option<Backend>,
 }
@@ -217,7 +238,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
@@ -226,11 +247,17 @@ impl VirtioDevice for Block {
         } else {
             feature::DISCARD | feature::WRITE_ZEROES
         };
-        RING_FEATURES | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH | access
+        let queues = if self.queue_sizes.len() > 1 {
+            feature::MQ
+        } else {
+            0
+        };
+        RING_FEATURES | feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH | access | queues
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        config::read(self.sectors, offset, data);
+        // At most MAX_QUEUES.
+        config::read(self.sectors, self.queue_sizes.len() as u16, offset, data);
     }
 
     fn activate(&mut self, a: Activation) -> Result<Box<dyn QueueHandler>, ActivateError> {

@@ -562,6 +562,88 @@ fn limits_hold_from_when_they_are_set_to_when_they_are_lifted() {
     assert!(done < 10, "{done} after a reset");
 }
 
+/// Adds a read of sector `at` to `queue`, whose data lies in a place of its own.
+fn read_on(d: &mut Disk, queue: usize, at: u64) {
+    let place = DATA + at * 0x1000;
+    d.b.write(place, &0_u32.to_le_bytes());
+    d.b.write(place + 8, &at.to_le_bytes());
+    d.b.write(place + 16, &[0xff]);
+    d.b.queues[queue].add(&[
+        readable(place, 16),
+        writable(place + 512, 512),
+        writable(place + 16, 1),
+    ]);
+}
+
+fn with_queues(queues: u8) -> Disk {
+    let sectors = 512;
+    let mut file = disk_file(sectors);
+    for at in 0..sectors {
+        file.write_all(&[at as u8 ^ 0x55; 512]).unwrap();
+    }
+    let spec = BlockSpec { queues, ..spec(true) };
+    let b = Bench::new(build(&spec, file.try_clone().unwrap()).unwrap());
+    Disk { b, file }
+}
+
+fn several_queues_are_served_each_for_itself() {
+    let mut d = with_queues(4);
+    assert_ne!(d.b.device.features() & feature::MQ, 0);
+    let mut count = [0; 2];
+    d.b.device.read_config(34, &mut count);
+    assert_eq!(u16::from_le_bytes(count), 4);
+    // More at once than fit into a ring of io_uring.
+    let each = u64::from(QUEUE_SIZE) / 3;
+    for at in 0..each {
+        for queue in 0..4 {
+            read_on(&mut d, queue, at * 4 + queue as u64);
+        }
+    }
+    (0..4).for_each(|queue| d.b.notify(queue));
+    for queue in 0..4 {
+        for _ in 0..each {
+            d.b.until(|b| b.queues[queue].used());
+        }
+        assert_eq!(d.b.queues[queue].used(), None);
+    }
+    for at in 0..each * 4 {
+        assert_eq!(
+            own_result(&d, at),
+            (OK, vec![at as u8 ^ 0x55; 512]),
+            "sector {at}"
+        );
+    }
+    // A pause finds all of them where they stopped.
+    for queue in 0..4 {
+        read_on(&mut d, queue, queue as u64);
+        d.b.notify(queue);
+    }
+    d.b.turn_once(0);
+    d.b.pause_and_resume();
+    for queue in 0..4 {
+        assert!(d.b.queues[queue].used().is_some());
+        assert_eq!(d.b.queues[queue].used(), None);
+    }
+}
+
+fn a_queue_that_is_broken_stops_the_others_until_the_reset() {
+    let mut d = with_queues(2);
+    read_on(&mut d, 0, 1);
+    d.b.queues[1].publish(0x7fff);
+    d.b.notify(0);
+    d.b.notify(1);
+    d.b.turn();
+    assert!(d.b.needs_reset());
+    d.b.deactivate();
+    d.b.activate();
+    for queue in 0..2 {
+        read_on(&mut d, queue, 2);
+        d.b.notify(queue);
+        d.b.until(|b| b.queues[queue].used());
+        assert_eq!(own_result(&d, 2), (OK, vec![2 ^ 0x55; 512]));
+    }
+}
+
 on_both_engines!(
     what_is_written_is_read_back_and_lies_in_the_file,
     identity_is_returned,
@@ -584,6 +666,8 @@ on_both_engines!(
     what_is_limited_comes_late_and_whole,
     a_request_larger_than_a_burst_passes,
     limits_hold_from_when_they_are_set_to_when_they_are_lifted,
+    several_queues_are_served_each_for_itself,
+    a_queue_that_is_broken_stops_the_others_until_the_reset,
 );
 
 #[test]
@@ -597,4 +681,18 @@ fn limits_that_cannot_be_kept_are_refused() {
     };
     let text = build(&bad, disk_file(1)).err().expect("refused").to_string();
     assert!(text.contains("limits.bandwidth: per_second is 0"), "{text}");
+}
+
+#[test]
+fn a_disk_has_1_to_32_queues() {
+    for queues in [0, 33, 255] {
+        let bad = BlockSpec {
+            queues,
+            ..spec(false)
+        };
+        let text = build(&bad, disk_file(1)).err().expect("refused").to_string();
+        assert!(text.contains("1 to 32"), "{text}");
+    }
+    let one = build(&spec(false), disk_file(1)).unwrap();
+    assert_eq!(one.features() & feature::MQ, 0);
 }

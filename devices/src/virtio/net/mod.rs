@@ -4,9 +4,11 @@
 //! its buffers as it takes, a packet from the guest is written from where it lies. Only its header is copied, checked
 //! and replaced.
 
+mod control;
 mod handler;
 mod header;
 pub mod open;
+mod pair;
 mod receive;
 mod tap;
 mod transmit;
@@ -17,15 +19,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::core::RING_FEATURES;
-use super::{ActivateError, Activation, DeviceKind, QueueHandler, Stopped, VirtioDevice, config_bytes};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceKind, MAX_QUEUES, QueueHandler, Stopped, VirtioDevice,
+    config_bytes,
+};
 use crate::limit::{DeviceLimits, Limiter, Limits, Path};
 use crate::spec::{BuildEnv, BuildError, DeviceSpec, FdSlot, SaveError, Section, Versioned};
-use handler::NetHandler;
+use handler::{NetHandler, Queues};
 use tap::{Tap, TapError};
 
 /// Length of `struct virtio_net_hdr_v1` (bytes, §5.1.6.1).
 const HEADER: usize = 12;
-const QUEUE_SIZES: [u16; 2] = [256, 256];
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 64;
 const NAME: &str = "network device";
 /// What an MTU may be (bytes): the least of IPv4, the most of a TAP.
 const MTUS: std::ops::RangeInclusive<u16> = 68..=65_521;
@@ -46,6 +52,8 @@ mod feature {
     pub const HOST_UFO: u64 = 1 << 14;
     pub const MRG_RXBUF: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
+    pub const CTRL_VQ: u64 = 1 << 17;
+    pub const MQ: u64 = 1 << 22;
     /// Packets to the guest may be as large as IP allows.
     pub const GUEST_LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO;
 }
@@ -53,8 +61,9 @@ mod feature {
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetSpec {
-    /// A TAP, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
-    pub fd: FdSlot,
+    /// A TAP, opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR; or one that was made for several queues, opened with
+    /// IFF_MULTI_QUEUE as well, once for each pair of queues that the guest shall have (at most [`MAX_QUEUES`]).
+    pub fds: Vec<FdSlot>,
     /// The guest's address: unicast and not zero.
     pub mac: [u8; 6],
     /// The largest packet (bytes, without the Ethernet header) that the guest is told of.
@@ -65,13 +74,16 @@ pub struct NetSpec {
     pub tx_limits: Limits,
 }
 
-/// The device's saved state: all of it is in the spec and in the TAP.
+/// The device's saved state: the rest is in the spec and in the TAP.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetState {}
+pub struct NetState {
+    /// Number of pairs of queues that the driver uses.
+    pub pairs: u16,
+}
 
 impl Versioned for NetState {
     const NAME: &'static str = "virtio-net";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 }
 
 impl DeviceSpec for NetSpec {
@@ -80,25 +92,34 @@ impl DeviceSpec for NetSpec {
     fn build(
         &self,
         env: &mut BuildEnv,
-        _saved: Option<NetState>,
+        saved: Option<NetState>,
     ) -> Result<Box<dyn VirtioDevice>, BuildError> {
         self.check()?;
-        let tap = Tap::new(env.take(self.fd)?).map_err(|e| match e {
-            TapError::Io(what, source) => BuildError::Backend {
-                device: NAME,
-                what,
-                source,
-            },
-            TapError::Kind(what) => BuildError::Invalid { device: NAME, what },
-        })?;
+        let mut taps = Vec::new();
+        for fd in &self.fds {
+            let tap = Tap::new(env.take(*fd)?, self.fds.len() > 1).map_err(|e| match e {
+                TapError::Io(what, source) => BuildError::Backend {
+                    device: NAME,
+                    what,
+                    source,
+                },
+                TapError::Kind(what) => BuildError::Invalid { device: NAME, what },
+            })?;
+            taps.push(tap);
+        }
         let limiters = self.limiters(env)?;
-        Ok(Box::new(self.device(tap, limiters)))
+        Ok(Box::new(self.device(taps, limiters, saved)?))
     }
 }
 
 impl NetSpec {
     fn check(&self) -> Result<(), BuildError> {
-        let invalid = |what| Err(BuildError::Invalid { device: NAME, what });
+        if !(1..=usize::from(MAX_QUEUES)).contains(&self.fds.len()) {
+            return invalid(format!(
+                "{} pairs of queues, not 1 to {MAX_QUEUES}",
+                self.fds.len()
+            ));
+        }
         let [a, b, c, d, e, f] = self.mac;
         if self.mac == [0; 6] || a & 1 != 0 {
             return invalid(format!(
@@ -121,36 +142,69 @@ impl NetSpec {
         Ok([Path::First, Path::Second].map(|path| Limiter::new(cell.clone(), path)))
     }
 
-    fn device(&self, tap: Tap, limiters: [Limiter; 2]) -> Net {
-        let ufo = if tap.has_ufo() {
+    /// The device over the queues of a TAP, of which there is at least one.
+    fn device(
+        &self,
+        taps: Vec<Tap>,
+        limiters: [Limiter; 2],
+        saved: Option<NetState>,
+    ) -> Result<Net, BuildError> {
+        // What is asked of one queue holds for the whole interface.
+        let ufo = if taps.first().is_some_and(Tap::has_ufo) {
             feature::GUEST_UFO | feature::HOST_UFO
         } else {
             0
         };
-        Net {
+        let active = saved.map_or(1, |s| usize::from(s.pairs));
+        if !(1..=taps.len()).contains(&active) {
+            return invalid(format!(
+                "the saved driver uses {active} pairs of queues, this device has {}",
+                taps.len()
+            ));
+        }
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * taps.len()];
+        if taps.len() > 1 {
+            queue_sizes.push(CONTROL_QUEUE_SIZE);
+        }
+        Ok(Net {
             mac: self.mac,
             mtu: self.mtu,
             ufo,
-            backend: Some(Backend { tap, limiters }),
+            // At most MAX_QUEUES.
+            pairs: taps.len() as u16,
+            queue_sizes,
+            backend: Some(Backend {
+                taps,
+                active,
+                limiters,
+            }),
             link: Arc::default(),
-        }
+        })
     }
 
     /// The device over a packet socket in the place of a TAP.
     #[cfg(any(test, fuzzing))]
     pub fn over_socket(&self, socket: std::os::fd::OwnedFd) -> std::io::Result<Box<dyn VirtioDevice>> {
-        self.over_socket_in(socket, &mut BuildEnv::new(Vec::new()))
+        self.over_sockets(vec![socket], &mut BuildEnv::new(Vec::new()), None)
     }
 
-    /// The same, with limits that can be changed through `env`.
+    /// The same, with a pair of queues for each of several sockets, and limits that can be changed through `env`.
     #[cfg(any(test, fuzzing))]
-    pub fn over_socket_in(
+    pub fn over_sockets(
         &self,
-        socket: std::os::fd::OwnedFd,
+        sockets: Vec<std::os::fd::OwnedFd>,
         env: &mut BuildEnv,
+        saved: Option<NetState>,
     ) -> std::io::Result<Box<dyn VirtioDevice>> {
         let limiters = self.limiters(env).map_err(std::io::Error::other)?;
-        Ok(Box::new(self.device(Tap::stand_in(socket)?, limiters)))
+        let taps = sockets
+            .into_iter()
+            .map(Tap::stand_in)
+            .collect::<std::io::Result<_>>()?;
+        let device = self
+            .device(taps, limiters, saved)
+            .map_err(std::io::Error::other)?;
+        Ok(Box::new(device))
     }
 }
 
@@ -162,7 +216,10 @@ struct Link {
 
 /// What the handler works with, and gives back.
 struct Backend {
-    tap: Tap,
+    /// The queues of the TAP, one for each pair.
+    taps: Vec<Tap>,
+    /// How many of them the driver uses.
+    active: usize,
     /// To the guest, from the guest.
     limiters: [Limiter; 2],
 }
@@ -172,6 +229,8 @@ struct Net {
     mtu: Option<u16>,
     /// The features for whole UDP packets, if the kernel has them.
     ufo: u64,
+    pairs: u16,
+    queue_sizes: Vec<u16>,
     /// With the handler while the device is active.
     backend: Option<Backend>,
     link: Arc<Link>,
@@ -183,14 +242,15 @@ impl VirtioDevice for Net {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
         use feature::*;
         let mtu = if self.mtu.is_some() { MTU } else { 0 };
         let segmentation = HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | self.ufo;
-        RING_FEATURES | MAC | CSUM | GUEST_CSUM | MRG_RXBUF | STATUS | segmentation | mtu
+        let queues = if self.pairs > 1 { CTRL_VQ | MQ } else { 0 };
+        RING_FEATURES | MAC | CSUM | GUEST_CSUM | MRG_RXBUF | STATUS | segmentation | mtu | queues
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -198,7 +258,7 @@ impl VirtioDevice for Net {
         c[..6].copy_from_slice(&self.mac);
         // VIRTIO_NET_S_LINK_UP
         c[6] = u8::from(!self.link.lost.load(Ordering::SeqCst));
-        c[8] = 1;
+        c[8..10].copy_from_slice(&self.pairs.to_le_bytes());
         c[10..].copy_from_slice(&self.mtu.unwrap_or_default().to_le_bytes());
         config_bytes(&c, offset, data);
     }
@@ -206,11 +266,12 @@ impl VirtioDevice for Net {
     fn activate(&mut self, a: Activation) -> Result<Box<dyn QueueHandler>, ActivateError> {
         let got = a.queues.len();
         let (memory, interrupt, features) = (a.memory, a.interrupt, a.features);
-        let Ok([rx, tx]) = <[_; 2]>::try_from(a.queues) else {
+        let queues = self.sort(a.queues, features);
+        if queues.pairs.is_empty() {
             return Err(ActivateError::MissingQueue { needed: 2, got });
-        };
+        }
         let backend = self.backend.take().ok_or(ActivateError::BackendGone)?;
-        if let Err(source) = backend.tap.set_up(offloads(features)) {
+        if let Err(source) = backend.taps[0].set_up(offloads(features)) {
             self.backend = Some(backend);
             return Err(ActivateError::Backend {
                 what: "setting the TAP's offloads",
@@ -221,7 +282,7 @@ impl VirtioDevice for Net {
         Ok(Box::new(NetHandler::new(
             memory,
             interrupt,
-            (rx, tx),
+            queues,
             backend,
             features,
             mtu,
@@ -235,9 +296,61 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn save(&self) -> Result<Section, SaveError> {
-        Section::encode(&NetState {})
+    /// The driver begins anew with one pair (§5.1.6.5.5).
+    fn reset(&mut self) {
+        if let Some(backend) = &mut self.backend {
+            backend.active = 1;
+        }
     }
+
+    fn save(&self) -> Result<Section, SaveError> {
+        let active = self.backend.as_ref().map_or(1, |b| b.active);
+        Section::encode(&NetState {
+            // At most MAX_QUEUES.
+            pairs: active as u16,
+        })
+    }
+}
+
+impl Net {
+    /// Which queue is which (§5.1.2): pairs of receive and transmit queues, and behind them the control queue. A driver
+    /// without MQ knows of one pair, so that its control queue comes next.
+    fn sort(&self, queues: Vec<ActiveQueue>, features: u64) -> Queues {
+        let has = |f| features & f != 0;
+        let known = if has(feature::MQ) { self.pairs } else { 1 };
+        let mut all: Vec<Option<ActiveQueue>> = Vec::new();
+        all.resize_with(self.queue_sizes.len(), || None);
+        for queue in queues {
+            let at = usize::from(queue.index);
+            all[at] = Some(queue);
+        }
+        let mut pairs = Vec::new();
+        for at in 0..usize::from(known) {
+            match (all[2 * at].take(), all[2 * at + 1].take()) {
+                (Some(rx), Some(tx)) => pairs.push((rx, tx)),
+                // Pairs behind one that was left out are of no use.
+                (rx, tx) => {
+                    (all[2 * at], all[2 * at + 1]) = (rx, tx);
+                    break;
+                }
+            }
+        }
+        let control = all.get_mut(2 * usize::from(known)).and_then(Option::take);
+        let (control, unasked) = if has(feature::CTRL_VQ) {
+            (control, None)
+        } else {
+            (None, control)
+        };
+        Queues {
+            pairs,
+            control,
+            others: all.into_iter().flatten().chain(unasked).collect(),
+        }
+    }
+}
+
+fn invalid<T>(what: String) -> Result<T, BuildError> {
+    Err(BuildError::Invalid { device: NAME, what })
 }
 
 /// What the TAP may leave to a guest with `features`.

@@ -15,11 +15,16 @@ pub enum OpenTapError {
     /// Another process has it open.
     #[error("the interface {0:?} is in use by another process")]
     Busy(String),
-    /// The interface is none that can be opened.
+    /// The interface is none that can be opened so.
     #[error(
         "the interface {0:?} is no TAP with a single queue (made with `mode tap`, without `multi_queue`)"
     )]
     NotATap(String),
+    /// The interface is none that can be opened several times.
+    #[error(
+        "the interface {0:?} is no TAP for several queues; make one with: ip tuntap add {0} mode tap multi_queue"
+    )]
+    OneQueue(String),
     /// A system call failed.
     #[error("{what} for the interface {name:?} failed")]
     Io {
@@ -33,12 +38,23 @@ pub enum OpenTapError {
     },
 }
 
-/// Opens the TAP `name` of this process's network namespace, with IFF_NO_PI and IFF_VNET_HDR, non-blocking. Never makes
-/// one.
+/// Opens `queues` queues of the TAP `name` of this process's network namespace, with IFF_NO_PI and IFF_VNET_HDR,
+/// non-blocking. Never makes one. More than one needs a TAP that was made with IFF_MULTI_QUEUE, a single one a TAP that
+/// was not. The kernel lets several processes open queues of one TAP.
 ///
 /// # Errors
 /// See [`OpenTapError`].
-pub fn open_tap(name: &str) -> Result<OwnedFd, OpenTapError> {
+pub fn open_tap(name: &str, queues: u8) -> Result<Vec<OwnedFd>, OpenTapError> {
+    let index = interface_index(name).ok_or_else(|| OpenTapError::Missing(name.to_owned()))?;
+    let opened = (0..queues).map(|_| open_queue(name, queues > 1)).collect();
+    // An interface that vanished in between would have been made anew by TUNSETIFF; it goes with the descriptors.
+    if interface_index(name) != Some(index) {
+        return Err(OpenTapError::Missing(name.to_owned()));
+    }
+    opened
+}
+
+fn open_queue(name: &str, several: bool) -> Result<OwnedFd, OpenTapError> {
     let failed = |what| {
         move |source| OpenTapError::Io {
             what,
@@ -46,7 +62,6 @@ pub fn open_tap(name: &str) -> Result<OwnedFd, OpenTapError> {
             source,
         }
     };
-    let index = interface_index(name).ok_or_else(|| OpenTapError::Missing(name.to_owned()))?;
     let file = File::options()
         .read(true)
         .write(true)
@@ -62,24 +77,24 @@ pub fn open_tap(name: &str) -> Result<OwnedFd, OpenTapError> {
     {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let kind = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | kind;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the kernel reads and writes one ifreq, which lives until the call returns.
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
         let source = io::Error::last_os_error();
         return Err(match source.raw_os_error() {
             Some(libc::EBUSY) => OpenTapError::Busy(name.to_owned()),
+            Some(libc::EINVAL) if several => OpenTapError::OneQueue(name.to_owned()),
             Some(libc::EINVAL) => OpenTapError::NotATap(name.to_owned()),
             _ => failed("TUNSETIFF")(source),
         });
     }
-    // An interface that vanished in between would have been made anew by TUNSETIFF; it goes with the descriptor.
-    if interface_index(name) != Some(index) {
-        return Err(OpenTapError::Missing(name.to_owned()));
-    }
     Ok(file.into())
 }
 
-fn interface_index(name: &str) -> Option<u32> {
+/// The index of an interface of this process's network namespace.
+pub fn interface_index(name: &str) -> Option<u32> {
     let name = CString::new(name)
         .ok()
         .filter(|n| (1..libc::IFNAMSIZ).contains(&n.count_bytes()))?;
@@ -96,7 +111,7 @@ mod tests {
     fn opens_only_taps_that_exist() {
         for name in ["", "no-such-tap-000", "a\0b", "a-name-that-is-too-long"] {
             assert!(
-                matches!(open_tap(name), Err(OpenTapError::Missing(_))),
+                matches!(open_tap(name, 1), Err(OpenTapError::Missing(_))),
                 "{name:?}"
             );
         }
@@ -115,21 +130,24 @@ mod tests {
             if unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
                 return Err(io::Error::last_os_error());
             }
-            Ok((open_tap("tap7"), open_tap("lo"), {
-                // SAFETY: takes an integer: the interface outlives its descriptor.
-                unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETPERSIST, 1) };
-                drop(made);
-                open_tap("tap7")
-            }))
+            let (busy, lo) = (open_tap("tap7", 1), open_tap("lo", 1));
+            let several = [open_tap("tap7", 2), open_tap("lo", 2)];
+            // SAFETY: takes an integer: the interface outlives its descriptor.
+            unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+            drop(made);
+            Ok((busy, lo, several, open_tap("tap7", 1)))
         };
         match std::thread::spawn(test)
             .join()
             .expect("the thread ends by itself")
         {
-            Ok((busy, lo, free)) => {
+            Ok((busy, lo, several, free)) => {
                 assert!(matches!(busy, Err(OpenTapError::Busy(_))), "{busy:?}");
+                for opened in several {
+                    assert!(matches!(opened, Err(OpenTapError::OneQueue(_))), "{opened:?}");
+                }
                 assert!(matches!(lo, Err(OpenTapError::NotATap(_))), "{lo:?}");
-                free.expect("it exists and is free");
+                assert_eq!(free.expect("it exists and is free").len(), 1);
             }
             Err(e) => eprintln!("SKIP: opens_only_taps_that_exist: a TAP cannot be made here: {e}"),
         }

@@ -11,6 +11,8 @@ use crate::sys::set_nonblocking;
 pub struct Tap {
     file: File,
     is_tap: bool,
+    /// It takes part in the interface's traffic.
+    attached: bool,
 }
 
 /// Why a descriptor cannot be the back end.
@@ -24,7 +26,8 @@ pub enum TapError {
 
 impl Tap {
     /// Takes a TAP that was opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
-    pub fn new(fd: OwnedFd) -> Result<Self, TapError> {
+    /// `several`: it is one of several queues of an interface that was made for that.
+    pub fn new(fd: OwnedFd, several: bool) -> Result<Self, TapError> {
         let flags = interface_flags(&fd)
             .map_err(|e| TapError::Kind(format!("the descriptor is no TAP with an interface ({e})")))?;
         let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
@@ -33,10 +36,16 @@ impl Tap {
                 "the TAP has flags {flags:#x}, it must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
             )));
         }
+        if several && i32::from(flags) & libc::IFF_MULTI_QUEUE == 0 {
+            return Err(TapError::Kind(format!(
+                "the TAP has flags {flags:#x}, for several queues it must be opened with IFF_MULTI_QUEUE"
+            )));
+        }
         set_nonblocking(&fd).map_err(|e| TapError::Io("making the TAP non-blocking", e))?;
         Ok(Self {
             file: File::from(fd),
             is_tap: true,
+            attached: true,
         })
     }
 
@@ -47,6 +56,7 @@ impl Tap {
         Ok(Self {
             file: File::from(fd),
             is_tap: false,
+            attached: true,
         })
     }
 
@@ -75,6 +85,36 @@ impl Tap {
             return Err(io::Error::last_os_error());
         }
         self.set_offload(offloads)
+    }
+
+    /// Lets this queue of the interface have a part in its traffic, or none.
+    pub fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+        if attached == self.attached {
+            return Ok(());
+        }
+        if self.is_tap {
+            // SAFETY: zeroes are a valid request.
+            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+            let flag = if attached {
+                libc::IFF_ATTACH_QUEUE
+            } else {
+                libc::IFF_DETACH_QUEUE
+            };
+            request.ifr_ifru.ifru_flags = flag as libc::c_short;
+            // SAFETY: the kernel reads one request.
+            let r = unsafe {
+                libc::ioctl(
+                    self.file.as_raw_fd(),
+                    libc::TUNSETQUEUE,
+                    std::ptr::from_ref(&request),
+                )
+            };
+            if r < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        self.attached = attached;
+        Ok(())
     }
 
     fn set_offload(&self, offloads: u32) -> io::Result<()> {

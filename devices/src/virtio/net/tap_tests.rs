@@ -13,8 +13,13 @@ const RX: u64 = DATA + 0x10_0000;
 /// Runs `f` with a TAP of the address 10.9.8.1/24 in a thread with a network namespace of its own; says aloud when that
 /// cannot be.
 fn with_tap(name: &'static str, f: fn(File)) {
-    let body = move || match make_tap() {
-        Ok(tap) => f(tap),
+    with_queues(name, 0, move |queues| f(queues.into_iter().next().unwrap()));
+}
+
+/// The same with as many queues as `more` says beside the first.
+fn with_queues(name: &'static str, more: usize, f: impl FnOnce(Vec<File>) + Send + 'static) {
+    let body = move || match make_tap(more) {
+        Ok(queues) => f(queues),
         Err((what, e)) => println!("SKIP: {name}: {what}: {e}"),
     };
     std::thread::spawn(body)
@@ -39,22 +44,27 @@ fn request() -> libc::ifreq {
     r
 }
 
-fn make_tap() -> Result<File, Why> {
+fn make_tap(more: usize) -> Result<Vec<File>, Why> {
     // SAFETY: takes no pointers; concerns this thread only.
     ok("a network namespace cannot be made", unsafe {
         libc::unshare(libc::CLONE_NEWNET)
     })?;
-    let tap = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/net/tun")
-        .map_err(|e| ("/dev/net/tun cannot be opened", e))?;
-    let mut r = request();
-    r.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
-    // SAFETY: the kernel reads and writes one request.
-    ok("TUNSETIFF", unsafe {
-        libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &mut r)
-    })?;
+    let several = if more > 0 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut queues = Vec::new();
+    for _ in 0..=more {
+        let tap = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .map_err(|e| ("/dev/net/tun cannot be opened", e))?;
+        let mut r = request();
+        r.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as i16;
+        // SAFETY: the kernel reads and writes one request.
+        ok("TUNSETIFF", unsafe {
+            libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &mut r)
+        })?;
+        queues.push(tap);
+    }
     let socket = UdpSocket::bind("0.0.0.0:0").map_err(|e| ("a socket", e))?;
     let set = |what, op, r: &libc::ifreq| {
         // SAFETY: the kernel reads one request.
@@ -78,7 +88,7 @@ fn make_tap() -> Result<File, Why> {
     let mut r = request();
     r.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as i16;
     set("SIOCSIFFLAGS", libc::SIOCSIFFLAGS, &r)?;
-    Ok(tap)
+    Ok(queues)
 }
 
 fn bench(tap: &File) -> Bench {
@@ -220,5 +230,82 @@ fn a_tap_that_was_opened_otherwise_is_refused() {
         // SAFETY: the kernel reads and writes one request.
         assert!(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &mut r) } == 0);
         assert!(refuse(&tap).contains("it must be opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"));
+    });
+}
+
+/// Sends the question for 10.9.8.1 by pair `by` and waits for the answer; the pair that it came to.
+fn ask(b: &mut Bench, by: usize, pairs: usize) -> usize {
+    b.write(DATA, &[0; HEADER]);
+    b.write(DATA + 12, &arp(1));
+    b.queues[2 * by + 1].add(&[readable(DATA, 12 + arp(1).len() as u32)]);
+    b.kick(2 * by + 1);
+    assert!(b.queues[2 * by + 1].used().is_some());
+    b.until(|b| {
+        (0..pairs).find(|pair| {
+            while let Some((head, len)) = b.queues[2 * pair].used() {
+                let at = RX + *pair as u64 * 0x10_0000 + u64::from(head) * 2048;
+                let packet = b.read(at, len as usize);
+                b.queues[2 * pair].add(&[writable(at, 2048)]);
+                if packet[HEADER + 12..][..2] == [8, 6] && packet[HEADER + 21] == 2 {
+                    return true;
+                }
+            }
+            false
+        })
+    })
+}
+
+#[test]
+fn queues_of_a_tap_come_and_go_as_the_driver_says() {
+    with_queues("queues_of_a_tap_come_and_go_as_the_driver_says", 1, |queues| {
+        let many = NetSpec {
+            fds: vec![FdSlot(0), FdSlot(1)],
+            ..spec()
+        };
+        let fds = queues.iter().map(|q| q.try_clone().unwrap().into()).collect();
+        let mut b = Bench::new(many.build(&mut BuildEnv::new(fds), None).unwrap());
+        for pair in 0..2 {
+            for n in 0..64 {
+                b.queues[2 * pair].add(&[writable(RX + pair as u64 * 0x10_0000 + n * 2048, 2048)]);
+            }
+            b.kick(2 * pair);
+        }
+        let set = |b: &mut Bench, pairs: u8| {
+            b.write(DATA, &[4, 0, pairs, 0, 0xff]);
+            b.queues[4].add(&[readable(DATA, 4), writable(DATA + 4, 1)]);
+            b.kick(4);
+            assert!(b.queues[4].used().is_some());
+            b.read(DATA + 4, 1)[0]
+        };
+        for _ in 0..3 {
+            // All that comes comes to the one that is in use.
+            assert_eq!(ask(&mut b, 0, 2), 0);
+            assert_eq!(set(&mut b, 2), 0);
+            ask(&mut b, 1, 2);
+            ask(&mut b, 0, 2);
+            b.pause_and_resume();
+            ask(&mut b, 1, 2);
+            assert_eq!(set(&mut b, 1), 0);
+        }
+        assert_eq!(ask(&mut b, 0, 2), 0);
+        assert!(!b.needs_reset() && b.interrupt.config.load(Ordering::SeqCst) == 0);
+        assert!(!b.turn_once(0), "nothing is polled");
+    });
+}
+
+#[test]
+fn queues_of_a_tap_that_was_made_for_one_are_refused() {
+    with_tap("queues_of_a_tap_that_was_made_for_one_are_refused", |tap| {
+        let fds = vec![tap.try_clone().unwrap().into(), tap.try_clone().unwrap().into()];
+        let many = NetSpec {
+            fds: vec![FdSlot(0), FdSlot(1)],
+            ..spec()
+        };
+        let text = many
+            .build(&mut BuildEnv::new(fds), None)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(text.contains("IFF_MULTI_QUEUE"), "{text}");
     });
 }

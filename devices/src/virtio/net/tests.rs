@@ -12,7 +12,7 @@ const ETHERNET: [u8; 14] = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
 
 pub fn spec() -> NetSpec {
     NetSpec {
-        fd: FdSlot(0),
+        fds: vec![FdSlot(0)],
         mac: [2, 0, 0, 0, 0, 1],
         mtu: Some(1400),
         ..NetSpec::default()
@@ -38,7 +38,7 @@ impl Wire {
             .unwrap()
             .0;
         far.set_nonblocking(true).unwrap();
-        let device = spec.over_socket_in(near.into(), env).unwrap();
+        let device = spec.over_sockets(vec![near.into()], env, None).unwrap();
         let features = features(device.features());
         let mut b = Bench::with_features(device, features);
         b.turn();
@@ -398,4 +398,157 @@ fn a_limited_packet_goes_when_its_time_has_come() {
     // Each but the first waits for what the one before owes: 1,001 bytes.
     assert!(start.elapsed().as_micros() >= 2 * 10_010);
     assert_eq!(std::iter::from_fn(|| w.sent()).count(), 3);
+}
+
+/// A device with several pairs of queues, and the far ends of its wires.
+struct Wires {
+    b: Bench,
+    far: Vec<UnixStream>,
+}
+
+const CONTROL: u64 = DATA + 0x8_0000;
+
+impl Wires {
+    fn new(pairs: usize, saved: Option<NetState>, features: impl FnOnce(u64) -> u64) -> Self {
+        let (mut near, mut far) = (Vec::new(), Vec::new());
+        for _ in 0..pairs {
+            let listener = sockets::listener(libc::SOCK_SEQPACKET);
+            far.push(sockets::connect(&listener, libc::SOCK_SEQPACKET));
+            let listener = std::os::unix::net::UnixListener::from(listener);
+            near.push(listener.accept().unwrap().0.into());
+        }
+        far.iter().for_each(|f| f.set_nonblocking(true).unwrap());
+        let mut env = BuildEnv::new(Vec::new());
+        let device = spec().over_sockets(near, &mut env, saved).unwrap();
+        let features = features(device.features());
+        let mut b = Bench::with_features(device, features);
+        b.turn();
+        Self { b, far }
+    }
+
+    /// Asks for `pairs` in queue `queue`; returns the answer.
+    fn set_pairs(&mut self, queue: usize, pairs: u16) -> u8 {
+        let mut command = vec![4, 0];
+        command.extend(pairs.to_le_bytes());
+        self.command(queue, &command)
+    }
+
+    fn command(&mut self, queue: usize, command: &[u8]) -> u8 {
+        self.b.write(CONTROL, command);
+        self.b.write(CONTROL + 0x100, &[0xff]);
+        let (head, ack) = (&command[..2.min(command.len())], writable(CONTROL + 0x100, 1));
+        // As Linux does: class and command, what belongs to it, the answer.
+        let rest = readable(CONTROL + head.len() as u64, (command.len() - head.len()) as u32);
+        self.b.queues[queue].add(&[readable(CONTROL, head.len() as u32), rest, ack]);
+        self.b.kick(queue);
+        assert_eq!(self.b.queues[queue].used().map(|(_, len)| len), Some(1));
+        self.b.read(CONTROL + 0x100, 1)[0]
+    }
+
+    /// Which pairs carry packets, to the guest and from it.
+    fn alive(&mut self) -> Vec<(bool, bool)> {
+        let packet = Wire::packet(60);
+        (0..self.far.len())
+            .map(|at| {
+                let (rx, tx) = (2 * at, 2 * at + 1);
+                self.b.queues[rx].add(&[writable(RX + at as u64 * 0x1000, 2048)]);
+                self.b.kick(rx);
+                self.far[at].write_all(&packet).unwrap();
+                self.b.write(TX, &packet);
+                self.b.queues[tx].add(&[readable(TX, packet.len() as u32)]);
+                self.b.kick(tx);
+                let received = self.b.queues[rx].used().is_some();
+                let mut bytes = [0; 100];
+                (received, self.far[at].read(&mut bytes).is_ok())
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn pairs_are_used_when_the_driver_says_so() {
+    let mut w = Wires::new(3, None, |f| f);
+    let mut pairs = [0; 2];
+    w.b.device.read_config(8, &mut pairs);
+    assert_eq!(u16::from_le_bytes(pairs), 3);
+    let (on, off) = ((true, true), (false, false));
+    assert_eq!(w.alive(), [on, off, off]);
+    assert_eq!(w.set_pairs(6, 3), 0);
+    // What waited on the others went when they were switched on, and they go on.
+    for queue in 2..6 {
+        assert!(w.b.queues[queue].used().is_some(), "queue {queue}");
+    }
+    for far in &w.far[1..] {
+        assert_ne!((&*far).read(&mut [0; 100]).unwrap(), 0);
+    }
+    assert_eq!(w.alive(), [on, on, on]);
+    assert_eq!(w.set_pairs(6, 2), 0);
+    assert_eq!(w.alive(), [on, on, off]);
+    for wrong in [0, 4, 256, u16::MAX] {
+        assert_eq!(w.set_pairs(6, wrong), 1, "{wrong} pairs");
+    }
+    // A pause keeps them, a reset begins anew.
+    w.b.pause_and_resume();
+    assert_eq!(w.alive()[..2], [on, on]);
+    w.b.deactivate();
+    let saved = w.b.device.save().unwrap().decode::<NetState>().unwrap();
+    assert_eq!(saved, NetState { pairs: 2 });
+    w.b.device.reset();
+    w.b.activate();
+    assert_eq!(w.alive(), [on, off, off]);
+}
+
+#[test]
+fn the_control_queue_answers_every_command() {
+    let mut w = Wires::new(2, None, |f| f);
+    for command in [
+        &[][..],
+        &[4],
+        &[4, 0],
+        &[4, 0, 1],
+        &[4, 1, 1, 0],
+        &[0, 0, 1, 0],
+        &[0xff, 0xff, 0xff, 0xff],
+    ] {
+        assert_eq!(w.command(4, command), 1, "{command:?}");
+    }
+    assert_eq!(w.set_pairs(4, 2), 0);
+    // Nowhere to answer to.
+    let queue = &mut w.b.queues[4];
+    queue.add(&[readable(CONTROL, 4)]);
+    queue.add(&[readable(CONTROL, 4), writable(END, 1)]);
+    queue.add(&[readable(END, 4), writable(CONTROL, 1)]);
+    w.b.kick(4);
+    let used: Vec<_> = std::iter::from_fn(|| w.b.queues[4].used())
+        .map(|(_, len)| len)
+        .collect();
+    assert_eq!(used, [0, 0, 1]);
+    assert!(!w.b.needs_reset());
+}
+
+#[test]
+fn a_driver_that_knows_one_pair_finds_its_control_queue_behind_it() {
+    let mut w = Wires::new(2, None, |f| f & !feature::MQ);
+    assert_eq!(w.set_pairs(2, 1), 0);
+    assert_eq!(w.set_pairs(2, 2), 1, "it has set up one");
+    let mut w = Wires::new(2, None, |f| f & !feature::MQ & !feature::CTRL_VQ);
+    w.b.queues[2].add(&[readable(CONTROL, 4), writable(CONTROL + 0x100, 1)]);
+    w.b.kick(2);
+    assert_eq!(w.b.queues[2].used(), None, "it has not asked for one");
+    assert!(!w.b.needs_reset());
+    assert_eq!(Wires::new(1, None, |f| f).b.device.queue_max_sizes().len(), 2);
+}
+
+#[test]
+fn a_restored_driver_uses_the_pairs_that_it_used() {
+    let mut w = Wires::new(3, Some(NetState { pairs: 2 }), |f| f);
+    let (on, off) = ((true, true), (false, false));
+    assert_eq!(w.alive(), [on, on, off]);
+    for pairs in [0, 3] {
+        let socket = sockets::listener(libc::SOCK_SEQPACKET);
+        let sockets = vec![socket.try_clone().unwrap(), socket];
+        let mut env = BuildEnv::new(Vec::new());
+        let refused = spec().over_sockets(sockets, &mut env, Some(NetState { pairs }));
+        assert!(refused.is_err(), "{pairs} pairs of 2");
+    }
 }
