@@ -211,6 +211,11 @@ fn stopped(why: &StopReason) -> api::Stopped {
                 format!("the guest's VMM made the forbidden system call {call} and was ended for it");
             (R::SeccompKill, detail, None)
         }
+        StopReason::VmmBug { place } => (
+            R::VmmBug,
+            format!("a bug of the guest's VMM, at {place}, ended it; please report it"),
+            None,
+        ),
         StopReason::VmmSignal { signal } => (
             R::VmmSignal,
             format!("signal {signal} ended the guest's VMM"),

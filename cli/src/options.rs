@@ -132,8 +132,8 @@ ends.
 
 Exit code: the workload's when the guest told it (over --vsock, which the image always has), else
 0 the guest powered off, 64 it reset, 65 triple fault, 66 KVM error, 67 ended by force, 68 a signal
-ended its VMM, 69 its VMM exited by itself, 70 lost, 71 its VMM made a forbidden system call; 1 when
-nothing was run, 2 for wrong usage.
+ended its VMM, 69 its VMM exited by itself, 70 lost, 71 its VMM made a forbidden system call, 72 its
+VMM met a bug; 1 when nothing was run, 2 for wrong usage.
 
 Examples:
   shoal run                                         the image's own program, then power off

@@ -254,6 +254,7 @@ fn exit_code(guest: &Guest) -> ExitCode {
         (_, StopReason::VmmExit) => 69,
         (_, StopReason::Lost) => 70,
         (_, StopReason::SeccompKill) => 71,
+        (_, StopReason::VmmBug) => 72,
     })
 }
 

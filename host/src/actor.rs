@@ -1,6 +1,7 @@
 //! One task per guest: it alone changes the guest. Calls come through its inbox and are served in order; what it knows
 //! is published for everyone to read without asking.
 
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use crate::config::HostConfig;
 use crate::disk::{DiskUse, DiskUsers};
 use crate::error::{HostError, chain};
 use crate::images::Images;
-use crate::launcher::{Launch, Launcher};
+use crate::launcher::{self, Launch, Launcher};
 use crate::limits::{self, LimitChanges};
 use crate::link::Link;
 use crate::log::{LogKeeper, tail};
@@ -239,15 +240,16 @@ impl Actor {
         } = opened.await.map_err(|_| HostError::Closing)??;
         self.record.stamps.now("resources-opened");
 
-        let launcher = self.shared.launcher.clone();
+        let shared = self.shared.clone();
         let launch = Launch {
             guest_id: self.record.id.clone(),
             control,
             log,
             memory_bytes: self.record.spec.memory_mib << 20,
             vcpus: self.record.spec.vcpus,
+            largest_file: launcher::largest_file(&handed),
         };
-        let spawned = tokio::task::spawn_blocking(move || launcher.spawn(launch)).await;
+        let spawned = tokio::task::spawn_blocking(move || shared.launcher.spawn(launch)).await;
         let (pid, pidfd, lease) = spawned
             .map_err(|_| HostError::Closing)?
             .map_err(HostError::Jail)?;
@@ -456,8 +458,10 @@ async fn next(running: &mut Option<Running>) -> Happened {
 
 /// What a VMM wrote down about its guest's end.
 pub(crate) fn exit_record(path: &Path) -> Option<ExitReason> {
-    std::fs::read(path)
-        .ok()
-        .filter(|bytes| bytes.len() <= 4096)
-        .and_then(|b| ExitReason::from_record(&b))
+    const MOST: u64 = 4096;
+    let mut bytes = Vec::new();
+    // A VMM that was taken over may have made it as long as a disk.
+    let file = std::fs::File::open(path).ok()?;
+    file.take(MOST).read_to_end(&mut bytes).ok()?;
+    ExitReason::from_record(&bytes)
 }

@@ -30,6 +30,8 @@ const BLOCKS: u64 = 50_000;
 const VMM_MEMORY: u64 = 64 << 20;
 /// Threads of a VMM beside its vCPUs: the event loop, those that KVM starts in its name, and some to spare.
 const VMM_THREADS: u32 = 8;
+/// How far the files may grow whose size is not given: the log, which the daemon empties long before, and the exit record.
+const SMALL_FILES: u64 = 4 << 20;
 /// How long the kernel may take to tell which system call a filter refused.
 const KILL_RECORD_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -79,6 +81,8 @@ pub(crate) struct Launch {
     pub log: File,
     pub memory_bytes: u64,
     pub vcpus: u32,
+    /// Bytes of the largest file that it gets.
+    pub largest_file: u64,
 }
 
 /// What a guest's jail is made of, kept with its record for the daemon that adopts it.
@@ -237,7 +241,10 @@ impl Launcher {
                 argv: &argv,
                 fds: &fds.map(|(fd, target)| HandOver { fd, target }),
                 limits: &limits(launch),
-                rlimits: Rlimits::default(),
+                rlimits: Rlimits {
+                    file_size: Some(launch.largest_file.max(SMALL_FILES)),
+                    ..Rlimits::default()
+                },
                 oom_score_adj: Some(500),
                 core_scheduling: inner.core_scheduling,
                 die_with_parent: false,
@@ -381,6 +388,12 @@ fn limits(launch: &Launch) -> cgroup::Limits {
 fn leaf(parent: &Path, guest_id: &str) -> Option<cgroup::Leaf> {
     let parent = cgroup::Parent::open(parent).ok()?;
     parent.existing(&guest_id.parse::<JailId>().ok()?).ok().flatten()
+}
+
+/// The size of the largest of these files (bytes). A block device has none, and no limit holds for it.
+pub(crate) fn largest_file(files: &[impl AsFd]) -> u64 {
+    let sizes = files.iter().filter_map(|file| rustix::fs::fstat(file).ok());
+    sizes.map(|stat| stat.st_size.unsigned_abs()).max().unwrap_or(0)
 }
 
 fn remove_leaf(leaf: Option<cgroup::Leaf>) {

@@ -63,6 +63,11 @@ pub enum StopReason {
         /// The system call's name, where the kernel tells it.
         syscall: Option<String>,
     },
+    /// The VMM met a bug of its own (a panic) and ended itself.
+    VmmBug {
+        /// Where in its source.
+        place: String,
+    },
     /// The VMM was ended by a signal that the host did not send.
     VmmSignal {
         /// The signal's number.
@@ -85,6 +90,7 @@ impl From<ExitReason> for StopReason {
             ExitReason::TripleFault => Self::TripleFault,
             ExitReason::KvmError { detail } => Self::KvmError { detail },
             ExitReason::Killed => Self::Killed,
+            ExitReason::Bug { place } => Self::VmmBug { place },
         }
     }
 }

@@ -176,24 +176,24 @@ fn an_adopted_guest_keeps_its_user() {
     assert!(leaf.is_none_or(|leaf| !leaf.exists()), "its cgroup is left");
 }
 
-#[test]
-fn a_filter_s_kill_names_the_system_call() {
-    const TEST: &str = "a_filter_s_kill_names_the_system_call";
-    if !kvm_opens(TEST) {
-        return;
+/// How a VMM ends that does `what` instead of its work, and what it says; none where it cannot be tried.
+fn misbehaved(test: &str, what: &str) -> Option<(StopReason, String)> {
+    if !kvm_opens(test) {
+        return None;
     }
     let me = std::env::current_exe().expect("a program has a path");
     let deps = me.parent().expect("it lies in a folder");
     let vmm = deps.with_file_name("examples").join("forbidden-vmm");
     if !vmm.exists() {
-        println!("SKIP: {TEST}: {vmm:?} is missing; cargo test builds it");
-        return;
+        println!("SKIP: {test}: {vmm:?} is missing; cargo test builds it");
+        return None;
     }
     let fleet = Fleet::new();
-    let probe = fleet.probe();
+    let mut spec = GuestSpec::new(fleet.probe(), 1, 16);
+    spec.cmdline = what.into();
     let config = HostConfig::new(fleet.path("forbidden"), vmm);
     let host = fleet.wait("opening", Host::open(config)).expect("it opens");
-    let created = fleet.wait("creating", host.create(GuestSpec::new(probe, 1, 16)));
+    let created = fleet.wait("creating", host.create(spec));
     let id = created.expect("it is created").id;
     let started = fleet.wait("starting", host.start(&id, now_ns()));
     started.expect("it answers");
@@ -202,13 +202,46 @@ fn a_filter_s_kill_names_the_system_call() {
     let State::Stopped { reason } = stopped.expect("it stops").state else {
         panic!("stopping returns when it has ended")
     };
+    let log = fleet.path("forbidden").join("guests").join(&id).join("vmm.log");
+    let log = fs::read_to_string(&log).unwrap_or_else(|e| panic!("{log:?}: {e}"));
+    Some((reason, log))
+}
+
+#[test]
+fn a_filter_s_kill_names_the_system_call() {
+    let Some((reason, log)) = misbehaved("a_filter_s_kill_names_the_system_call", "socket") else {
+        return;
+    };
     let StopReason::SeccompKill { syscall } = reason else {
-        panic!("{reason:?}")
+        panic!("{reason:?}: {log}")
     };
     // Not every ordinary user may read the record of the kill.
     if by_root() || syscall.is_some() {
         assert_eq!(syscall.as_deref(), Some("socket"));
     }
+}
+
+#[test]
+fn a_panic_is_told_from_an_escape_and_tells_nothing_of_the_guest() {
+    const TEST: &str = "a_panic_is_told_from_an_escape_and_tells_nothing_of_the_guest";
+    let Some((reason, log)) = misbehaved(TEST, "panic") else {
+        return;
+    };
+    let StopReason::VmmBug { place } = reason else {
+        panic!("{reason:?}: {log}")
+    };
+    assert!(place.contains("forbidden-vmm.rs:"), "{place}");
+    assert!(log.contains(&place) && !log.contains("guest's own data"), "{log}");
+}
+
+#[test]
+fn a_vmm_cannot_fill_the_disk() {
+    let Some((reason, log)) = misbehaved("a_vmm_cannot_fill_the_disk", "grow") else {
+        return;
+    };
+    // As the first process of its pid namespace it is not ended by the signal that comes with it.
+    assert!(log.contains("FileTooLarge"), "{log}");
+    assert_eq!(reason, StopReason::VmmExit { code: 1 });
 }
 
 #[test]

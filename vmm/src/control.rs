@@ -298,7 +298,9 @@ impl Vmm {
         let mut env = BuildEnv::new(fds);
         self.limits = env.limits();
         if let Some(slot) = valid.config.exit_record {
-            self.exit_record = Some(env.take(slot).map_err(|e| failure(chain(&e)))?.into());
+            let record: File = env.take(slot).map_err(|e| failure(chain(&e)))?.into();
+            crate::harden::record_panics(&record);
+            self.exit_record = Some(record);
         }
         let handle = self.event_loop.handle();
         let shared = Arc::new(Shared::new(

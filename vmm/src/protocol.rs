@@ -109,6 +109,11 @@ pub enum ExitReason {
     },
     /// The host asked for it ([`Request::Kill`]), or its control connection ended and none can follow.
     Killed,
+    /// The VMM met a bug of its own (a panic). Only ever in the exit record: nobody is left to send it.
+    Bug {
+        /// Where in its source.
+        place: String,
+    },
 }
 
 impl ExitReason {
@@ -120,6 +125,7 @@ impl ExitReason {
             Self::TripleFault => 65,
             Self::KvmError { .. } => 66,
             Self::Killed => 67,
+            Self::Bug { .. } => 72,
         }
     }
 

@@ -425,6 +425,8 @@ pub enum StopReason {
     Killed,
     /// Its VMM was ended for a system call that its seccomp filter forbids.
     SeccompKill,
+    /// Its VMM met a bug of its own.
+    VmmBug,
     /// A signal ended its VMM.
     VmmSignal,
     /// Its VMM ended without saying why.

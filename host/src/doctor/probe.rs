@@ -149,6 +149,7 @@ async fn guest(launcher: &Launcher, kernel: &LoadedKernel, cmdline: &str) -> Res
         log: clone(&log)?,
         memory_bytes: MEMORY,
         vcpus: 1,
+        largest_file: 0,
     };
     let (pid, pidfd, lease) = launcher.spawn(launch).map_err(HostError::Jail)?;
     let mut process = Process::of_child(pid, pidfd, lease).map_err(io("watching the VMM"))?;
