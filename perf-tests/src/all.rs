@@ -193,6 +193,14 @@ const BENCHES: &[Bench] = &[
         },
     },
     Bench {
+        name: "limits",
+        needs: &[Need::Kvm],
+        run: |_| {
+            let result = io::limits::measure(&io::limits::LimitsArgs::default())?;
+            Ok((io::limits::METHOD, Measured::Limits(result)))
+        },
+    },
+    Bench {
         name: "density-lab",
         needs: &[Need::Lab],
         run: |_| Ok((density::LAB, Measured::Density(density::lab(200)?))),

@@ -62,6 +62,7 @@ pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),
         ],
         Measured::Io(io) => io.headlines(),
+        Measured::Limits(limits) => limits.headlines(),
         Measured::Churn(churn) => vec![("Churn: start of a guest".into(), "ms", churn.start.median_ms)],
         Measured::Jail(cost) => {
             let each = cost.conditions.iter();

@@ -64,6 +64,8 @@ enum Command {
     Net(NetCommand),
     /// Throughput and latency of a stream between guest and host
     Vsock(VsockCommand),
+    /// How exactly rate limiters keep what they were asked for
+    Limits(LimitsCommand),
     /// Latency of each call of the API, against the number of guests that run
     Api(ApiArgs),
     /// What the jail adds to a start: alone, beside other jails, and with many mounts
@@ -150,6 +152,14 @@ struct NetCommand {
 }
 
 #[derive(clap::Args)]
+struct LimitsCommand {
+    #[command(flatten)]
+    limits: io::limits::LimitsArgs,
+    #[command(flatten)]
+    out: OutArgs,
+}
+
+#[derive(clap::Args)]
 struct VsockCommand {
     #[command(flatten)]
     vsock: io::vsock::VsockArgs,
@@ -228,6 +238,11 @@ fn main() -> anyhow::Result<()> {
         Command::Block(args) => measure_io(|| io::block::measure(&args.block), &args.out),
         Command::Net(args) => measure_io(|| io::net::measure(&args.net), &args.out),
         Command::Vsock(args) => measure_io(|| io::vsock::measure(&args.vsock), &args.out),
+        Command::Limits(args) => {
+            let machine = Machine::here();
+            let measured = Measured::Limits(io::limits::measure(&args.limits)?);
+            deliver(io::limits::METHOD, machine, measured, &args.out)
+        }
         Command::Api(args) => measure_api(&args),
         Command::Jail(args) => {
             let machine = Machine::here();

@@ -137,6 +137,10 @@ fn section(path: &Path, result: &ResultFile) -> Section {
         Measured::BootLinux(boot) => linux_boot(boot),
         Measured::Density(density) => density_run(density),
         Measured::Io(io) => crate::io::report::section(io),
+        Measured::Limits(limits) => {
+            let (title, html) = limits.section();
+            (title, html, vec![])
+        }
         Measured::Api(api) => host::api_calls(api),
         Measured::Churn(churn) => host::churn(churn),
         Measured::Jail(cost) => host::jail(cost),

@@ -11,6 +11,7 @@ use crate::accounts::Share;
 use crate::api::Api;
 use crate::churn::Churn;
 use crate::costs::Costs;
+use crate::io::limits::LimitResult;
 use crate::io::results::IoResult;
 use crate::jail::JailCost;
 use crate::machine::Machine;
@@ -98,6 +99,8 @@ pub enum Measured {
     Density(Density),
     /// `block`, `net`, `vsock`.
     Io(IoResult),
+    /// `limits`.
+    Limits(LimitResult),
     /// `api`.
     Api(Api),
     /// `density --churn`.
@@ -335,6 +338,7 @@ impl ResultFile {
             Measured::BootLinux(boot) => boot.check(),
             Measured::Density(density) => density.check(),
             Measured::Io(io) => io.check(),
+            Measured::Limits(limits) => limits.check(),
             Measured::Api(api) => api.check(),
             Measured::Churn(churn) => churn.check(),
             Measured::Jail(cost) => cost.check(),
@@ -352,6 +356,7 @@ impl ResultFile {
                 Measured::BootLinux(boot) => crate::linux::print(&self.method, boot),
                 Measured::Density(density) => crate::density::print(density),
                 Measured::Io(result) => crate::io::print(result),
+                Measured::Limits(result) => crate::io::limits::print(result),
                 Measured::Api(api) => crate::api::print(api),
                 Measured::Churn(churn) => crate::churn::print(churn),
                 Measured::Jail(cost) => crate::jail::print(cost),

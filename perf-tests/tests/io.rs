@@ -117,6 +117,23 @@ fn streams_go_both_ways() {
 }
 
 #[test]
+fn limits_hold() {
+    let Some(output) = perf(&["limits", "--json", "--runs", "1", "--seconds", "0.2"]) else {
+        return;
+    };
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let cases = result["cases"].as_array().unwrap();
+    // Without a network namespace there are those of disks and sockets.
+    assert!(cases.len() == 11 || cases.len() == 7, "{cases:?}");
+    for case in cases {
+        // A machine under load does less. Two hundredths of a second are the burst, a tenth of this run.
+        let (asked, measured) = (number(&case["asked"]), number(&case["measured"]));
+        assert!(measured > 0.0 && measured < 1.15 * asked, "{case}");
+    }
+}
+
+#[test]
 fn a_peer_that_is_missing_or_dies_is_left_out_and_the_rest_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let program = folder.path().join("qemu");
@@ -174,6 +191,7 @@ fn what_cannot_be_is_refused() {
         (&["block", "--turns", "0"], "1..=10000"),
         (&["net", "--size", "59"], "60..=1514"),
         (&["vsock", "--size", "12"], "no multiple of 8"),
+        (&["limits", "--seconds", "0"], "not from 0.05 to 60"),
     ] {
         let Some(output) = perf(arguments) else { return };
         assert!(!output.status.success(), "{arguments:?}");

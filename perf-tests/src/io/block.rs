@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use shoal_devices::limit::Limits;
 use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::block::{BlockSpec, EngineKind};
 use tempfile::NamedTempFile;
@@ -125,8 +126,20 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
     };
     let parts = patterns.iter().map(|access| {
         let mut all = vec![
-            ours("shoal, sync", &starter, EngineKind::Sync, &disk),
-            ours("shoal, io_uring", &starter, EngineKind::IoUring, &disk),
+            ours(
+                "shoal, sync",
+                &starter,
+                EngineKind::Sync,
+                Limits::default(),
+                &disk,
+            ),
+            ours(
+                "shoal, io_uring",
+                &starter,
+                EngineKind::IoUring,
+                Limits::default(),
+                &disk,
+            ),
         ];
         all.extend(
             qemus
@@ -139,7 +152,7 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
 }
 
 /// A file in the page cache that holds the guest's pattern (guest-images/probe/guest/block.c).
-fn disk(size: u64) -> Result<NamedTempFile> {
+pub(super) fn disk(size: u64) -> Result<NamedTempFile> {
     let making = || {
         format!(
             "writing a disk of {} MiB to the folder for temporary files",
@@ -161,10 +174,25 @@ fn disk(size: u64) -> Result<NamedTempFile> {
 
 const PATTERN: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// What the limits of a disk are measured with.
+pub(super) fn random_reads() -> Pattern {
+    Access::RandRead.pattern(&BlockArgs::all(&[]))
+}
+
+/// The default engine, limited.
+pub(super) fn limited<'a>(
+    starter: &'a shoal::Starter,
+    disk: &'a NamedTempFile,
+    limits: Limits,
+) -> Contender<'a> {
+    ours("shoal", starter, EngineKind::default(), limits, disk)
+}
+
 fn ours<'a>(
     name: &str,
     starter: &'a shoal::Starter,
     engine: EngineKind,
+    limits: Limits,
     disk: &'a NamedTempFile,
 ) -> Contender<'a> {
     Contender::new(name, "", move |words| {
@@ -174,7 +202,8 @@ fn ours<'a>(
             fd: shoal::slot(0),
             read_only: false,
             engine,
-            ..BlockSpec::default()
+            limits,
+            queues: 1,
         });
         let vmm = starter.start(words, vec![spec], &[OwnedFd::from(file)])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)

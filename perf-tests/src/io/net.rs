@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use shoal_devices::limit::Limits;
 use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::net::NetSpec;
 use shoal_devices::virtio::net::open::open_tap;
@@ -87,12 +88,39 @@ const VHOST: &str = "/dev/vhost-net";
 
 /// Runs the patterns one after the other, in a thread that leaves this process's network.
 pub fn measure(args: &NetArgs) -> Result<IoResult> {
+    in_namespace(|| inside(args))
+}
+
+/// Runs `work` in a thread with a network, and a TAP in it, of its own.
+pub(super) fn in_namespace<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
-        let inside = scope.spawn(|| inside(args));
+        let inside = scope.spawn(|| enter().and_then(|()| work()));
         inside
             .join()
             .map_err(|_| anyhow::anyhow!("the benchmark's thread panicked"))?
     })
+}
+
+/// What the limits of a network are measured with.
+pub(super) fn frames(to_guest: bool) -> Pattern {
+    direction(to_guest).pattern(1514, 128)
+}
+
+fn direction(to_guest: bool) -> Traffic {
+    if to_guest {
+        Traffic::ToGuest
+    } else {
+        Traffic::ToHost
+    }
+}
+
+/// Limited in one direction, with the host's part.
+pub(super) fn limited(starter: &shoal::Starter, to_guest: bool, limits: Limits) -> Contender<'_> {
+    let (rx, tx) = match to_guest {
+        true => (limits, Limits::default()),
+        false => (Limits::default(), limits),
+    };
+    ours(starter, rx, tx).with_host(When::BeforeStart, move || begin(direction(to_guest), 1514))
 }
 
 /// Why it cannot be measured here, if so.
@@ -112,7 +140,6 @@ fn enter() -> Result<()> {
 }
 
 fn inside(args: &NetArgs) -> Result<IoResult> {
-    enter()?;
     let (starter, qemus) = (shoal::Starter::new()?, qemus(&args.io));
     let all_patterns = [Traffic::ToHost, Traffic::ToGuest, Traffic::Ping];
     let patterns = match args.patterns[..] {
@@ -129,7 +156,8 @@ fn inside(args: &NetArgs) -> Result<IoResult> {
     });
     let parts = parts.map(|(traffic, size)| {
         let part = move || begin(traffic, size);
-        let mut all = vec![ours(&starter).with_host(When::BeforeStart, part)];
+        let mut all =
+            vec![ours(&starter, Limits::default(), Limits::default()).with_host(When::BeforeStart, part)];
         all.extend(
             qemus
                 .iter()
@@ -147,13 +175,14 @@ fn inside(args: &NetArgs) -> Result<IoResult> {
     result("net", parts)
 }
 
-fn ours(starter: &shoal::Starter) -> Contender<'_> {
-    Contender::new("shoal", "", |words| {
+fn ours(starter: &shoal::Starter, rx_limits: Limits, tx_limits: Limits) -> Contender<'_> {
+    Contender::new("shoal", "", move |words| {
         let spec = AnyDeviceSpec::Net(NetSpec {
             fds: vec![shoal::slot(0)],
             mac: [2, 0, 0, 0, 0, 1],
             mtu: None,
-            ..NetSpec::default()
+            rx_limits,
+            tx_limits,
         });
         let vmm = starter.start(words, vec![spec], &open_tap(TAP, 1)?)?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)
@@ -191,17 +220,40 @@ fn begin(traffic: Traffic, size: u64) -> Result<Box<dyn HostPart>> {
 
 /// Frames that came out of the TAP since it was made: the kernel counts what the guest sent.
 fn frames_from_guest() -> Result<u64> {
-    let table =
-        fs::read_to_string("/proc/thread-self/net/dev").context("reading /proc/thread-self/net/dev")?;
-    received(&table, TAP).with_context(|| format!("the interface {TAP} is gone"))
+    Ok(counters()?.from_guest)
 }
 
-/// The packets received by `interface` in the text of /proc/net/dev.
-fn received(table: &str, interface: &str) -> Option<u64> {
-    let line = table
-        .lines()
-        .find_map(|l| l.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
-    line.split_whitespace().nth(1)?.parse().ok()
+/// Frames that the VMM took out of the TAP, or the kernel dropped, since it was made.
+fn frames_to_guest() -> Result<u64> {
+    Ok(counters()?.to_guest)
+}
+
+fn counters() -> Result<Counters> {
+    let table =
+        fs::read_to_string("/proc/thread-self/net/dev").context("reading /proc/thread-self/net/dev")?;
+    Counters::parse(&table, TAP).with_context(|| format!("the interface {TAP} is gone"))
+}
+
+/// Frames that went through an interface.
+#[derive(Debug, PartialEq)]
+struct Counters {
+    from_guest: u64,
+    to_guest: u64,
+}
+
+impl Counters {
+    /// Those of `interface` in the text of /proc/net/dev, whose columns are: received bytes, packets, six more, then sent
+    /// bytes, packets, errors, dropped.
+    fn parse(table: &str, interface: &str) -> Option<Self> {
+        let line = table
+            .lines()
+            .find_map(|l| l.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+        let columns: Vec<u64> = line.split_whitespace().map_while(|c| c.parse().ok()).collect();
+        Some(Self {
+            from_guest: *columns.get(1)?,
+            to_guest: columns.get(9)?.checked_add(*columns.get(11)?)?,
+        })
+    }
 }
 
 /// Counts what the guest sends; the kernel drops it, since nobody takes frames of that type.
@@ -268,23 +320,39 @@ impl Drop for Worker {
 
 /// Frames that are sent with one system call.
 const BATCH: usize = 64;
-/// How long the sender leaves a full interface alone: it holds 1,000 frames, more than any VMM takes meanwhile.
-const FULL: Duration = Duration::from_micros(100);
+/// Frames that wait in the interface at most. It holds 1,000; what comes on top is dropped and nobody is told, so that a
+/// sender which does not look would keep a processor busy for nothing.
+const WAITING: u64 = 512;
+/// How long the sender leaves an interface with that many alone: shorter than any VMM takes for them.
+const FULL: Duration = Duration::from_micros(50);
+/// After so many of them without progress (10 ms) the frames are lost: no VMM had the interface open.
+const LOST: u32 = 200;
 
-/// Sends numbered frames as fast as the interface takes them.
+/// Sends numbered frames as fast as the VMM takes them.
 fn flood(socket: &OwnedFd, stop: &AtomicBool, size: usize) -> Result<()> {
-    let mut number = 0;
+    let (mut number, mut idle) = (0, 0);
+    let mut taken = frames_to_guest()?;
+    let mut sent = taken;
     let mut frames = vec![frame(size); BATCH];
     while !stop.load(Ordering::Relaxed) {
+        if sent + BATCH as u64 > taken + WAITING {
+            let before = std::mem::replace(&mut taken, frames_to_guest()?);
+            idle = if taken == before { idle + 1 } else { 0 };
+            if idle == LOST {
+                (sent, idle) = (taken, 0);
+            } else if sent + BATCH as u64 > taken + WAITING {
+                std::thread::sleep(FULL);
+            }
+            continue;
+        }
         for (n, frame) in frames.iter_mut().enumerate() {
             put_number(frame, number + n as u64);
         }
         match sys::send_all(socket, &frames) {
-            Ok(sent) => number += sent as u64,
-            Err(e) if is_full(&e) => std::thread::sleep(FULL),
-            // No VMM has the interface open yet, or no more.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EIO | libc::ENETDOWN)) => {
-                std::thread::sleep(FULL)
+            Ok(n) => (number, sent) = (number + n as u64, sent + n as u64),
+            // Full, or no VMM has the interface open.
+            Err(e) if is_full(&e) || matches!(e.raw_os_error(), Some(libc::EIO | libc::ENETDOWN)) => {
+                std::thread::sleep(FULL);
             }
             Err(e) => return Err(e).context("sending to the guest"),
         }
@@ -333,11 +401,19 @@ mod tests {
 
     #[test]
     fn the_kernels_table_is_read() {
-        let table = "Inter-|   Receive |\n face |bytes packets\n    lo: 1 2 3\n perf0: 600 10 0 0 0 0 0 0 7 8 0\nperf01: 1 99\n";
-        assert_eq!(received(table, "perf0"), Some(10));
-        assert_eq!(received(table, "lo"), Some(2));
-        assert_eq!(received(table, "eth0"), None);
-        assert_eq!(received("perf0: x y\n", "perf0"), None);
+        let table = "Inter-|   Receive |  Transmit\n face |bytes packets\n    lo: 1 2 0 0 0 0 0 0 1 2 0 0 0 0 0 0\n \
+            perf0: 600 10 0 0 0 0 0 0 700 8 0 3 0 0 0 0\nperf01: 1 99 0 0 0 0 0 0 0 0 0 0\n";
+        let counters = |from_guest, to_guest| Some(Counters { from_guest, to_guest });
+        assert_eq!(Counters::parse(table, "perf0"), counters(10, 11));
+        assert_eq!(Counters::parse(table, "lo"), counters(2, 2));
+        for (table, name) in [
+            (table, "eth0"),
+            ("perf0: x y\n", "perf0"),
+            ("perf0: 1 2 3\n", "perf0"),
+            ("", "lo"),
+        ] {
+            assert_eq!(Counters::parse(table, name), None, "{table}");
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use shoal_devices::limit::Limits;
 use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::vsock::VsockSpec;
 
@@ -105,13 +106,29 @@ pub fn measure(args: &VsockArgs) -> Result<IoResult> {
         eprintln!("shoal-perf: the peer {peer} is left out: it has no sockets of this kind");
     }
     let parts = patterns.iter().map(|&stream| {
-        let all = vec![ours(&starter, &path).with_host(When::GuestListens, || Worker::start(&path, stream))];
+        let all = vec![
+            ours(&starter, &path, Limits::default())
+                .with_host(When::GuestListens, || Worker::start(&path, stream)),
+        ];
         take_turns(&stream.pattern(args), &args.io, all)
     });
     result("vsock", parts)
 }
 
-fn ours<'a>(starter: &'a shoal::Starter, path: &'a Path) -> Contender<'a> {
+/// What the limits of sockets are measured with.
+pub(super) fn to_host() -> Pattern {
+    Stream::ToHost.pattern(&VsockArgs {
+        size: Some(4096),
+        ..VsockArgs::all()
+    })
+}
+
+/// Limited, with the host's part.
+pub(super) fn limited<'a>(starter: &'a shoal::Starter, path: &'a Path, limits: Limits) -> Contender<'a> {
+    ours(starter, path, limits).with_host(When::GuestListens, || Worker::start(path, Stream::ToHost))
+}
+
+fn ours<'a>(starter: &'a shoal::Starter, path: &'a Path, limits: Limits) -> Contender<'a> {
     Contender::new("shoal", "", move |words| {
         if path.exists() {
             std::fs::remove_file(path)?;
@@ -123,7 +140,7 @@ fn ours<'a>(starter: &'a shoal::Starter, path: &'a Path) -> Contender<'a> {
             cid: 3,
             listener: shoal::slot(0),
             broker: shoal::slot(1),
-            ..VsockSpec::default()
+            limits,
         });
         let vmm = starter.start(words, vec![spec], &[OwnedFd::from(listener), broker])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)
