@@ -2,6 +2,7 @@
 //!
 //! - `attempt NAME SECCOMP key=value…` tries one way out and writes what it met to descriptor 3.
 //! - `hold FD` waits until descriptor FD comes to its end. `listen NAME FD` listens on an abstract socket meanwhile.
+//! - `list` prints all attempts by the layers that refuse them.
 //! - `exit CODE`, `spin` end at once or never.
 //! - `kill-at` kills one process of a chain at one of its system calls (see `killer`).
 //! - `drive` and `suite` are the other side: they make the jails, and judge (see `driver` and `suite`).
@@ -45,10 +46,11 @@ fn main() {
             std::hint::spin_loop();
         },
         "kill-at" => finish(killer::run(&arguments[2..])),
+        "list" => print!("{}", attempts::table()),
         "drive" => finish(driver::drive(&arguments[2..])),
         "suite" => finish(suite::run(&arguments[2..])),
         _ => {
-            eprintln!("usage: shoal-escape suite [UID] | drive [CGROUP]");
+            eprintln!("usage: shoal-escape suite [UID] | drive [CGROUP] | list");
             std::process::exit(USAGE);
         }
     }

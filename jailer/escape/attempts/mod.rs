@@ -1,7 +1,7 @@
 //! Ways out of a jail, each with the layer that must stop it. Used by shoal-escape, which tries them, and by
 //! shoal-test-jail, which starts it and judges.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 mod files;
 mod kernel;
@@ -87,6 +87,19 @@ pub fn all() -> impl Iterator<Item = &'static Attempt> {
     .flatten()
 }
 
+/// The attempts by the layers that refuse them, as docs/security.md shows them.
+pub fn table() -> String {
+    let mut layers: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for attempt in all() {
+        layers.entry(attempt.layer).or_default().push(attempt.what);
+    }
+    let mut text = "| refused by | attempts |\n|---|---|\n".to_owned();
+    for (layer, attempts) in layers {
+        text += &format!("| {layer} | {} |\n", attempts.join("; "));
+    }
+    text
+}
+
 /// Makes a system call and gives its result or error number.
 fn call(number: libc::c_long, arguments: &[usize]) -> Result<usize, i32> {
     let argument = |index: usize| arguments.get(index).copied().unwrap_or(0);
@@ -121,4 +134,48 @@ fn refused(result: Result<usize, i32>) -> Outcome {
 /// The address of a C string.
 fn text(text: &std::ffi::CStr) -> usize {
     text.as_ptr() as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOCS: &str = include_str!("../../../docs/security.md");
+
+    #[test]
+    fn the_documentation_names_every_attempt_with_its_layer() {
+        assert!(
+            DOCS.contains(&table()),
+            "docs/security.md shows another table than: shoal-escape list\n{}",
+            table()
+        );
+    }
+
+    #[test]
+    fn every_layer_is_explained() {
+        let explained: Vec<&str> = DOCS
+            .lines()
+            .filter_map(|line| line.strip_prefix("| **")?.split("**").next())
+            .collect();
+        for attempt in all() {
+            for layer in attempt.layer.split(" or ").flat_map(|part| part.split(" and ")) {
+                let layer = layer.strip_prefix("own ").unwrap_or(layer);
+                assert!(
+                    explained.contains(&layer),
+                    "{}: {layer} is not among {explained:?}",
+                    attempt.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_used_once() {
+        let mut names: Vec<_> = all().map(|attempt| attempt.name).collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert!(count >= 40, "{count}");
+    }
 }
