@@ -3,8 +3,8 @@
 
 use shoal_host::{Disk, DiskEngine, LimitChanges, Rate, RateLimits, StopReason};
 
-use crate::block;
-use crate::fleet::{Fleet, jeos, linux_runs, value};
+use crate::fleet::{Fleet, Tap, jeos, linux_runs, value};
+use crate::{block, net};
 
 #[test]
 fn what_is_flushed_through_io_uring_survives_a_reset() {
@@ -78,4 +78,60 @@ fn a_limit_that_is_set_on_a_running_guest_is_kept() {
     // The first request costs the others their time, so that all but the last are paid for.
     let took: u64 = value(&end.console, "took").parse().unwrap();
     assert!(took >= 1, "{}", end.console);
+}
+
+#[test]
+fn every_queue_of_a_disk_carries_its_part() {
+    if !linux_runs("every_queue_of_a_disk_carries_its_part") {
+        return;
+    }
+    const BYTES: u64 = 4 << 20;
+    let fleet = Fleet::new();
+    let engines = [DiskEngine::Sync, DiskEngine::IoUring];
+    let mut script = Vec::new();
+    let mut spec = jeos("", &[]);
+    for (name, engine) in ["b", "c"].into_iter().zip(engines) {
+        spec.disks.push(Disk {
+            id: name.into(),
+            path: fleet.disk_file(name, BYTES),
+            engine,
+            queues: 2,
+            ..Disk::default()
+        });
+        script.push(format!("echo vd{name}=$(ls /sys/block/vd{name}/mq | wc -l)"));
+        // From one processor after the other, each of which has a queue of its own.
+        script.push(format!(
+            "taskset 1 guest-work disk-write /dev/vd{name} {BYTES} || exit 1"
+        ));
+        script.push("echo 3 > /proc/sys/vm/drop_caches".into());
+        script.push(format!(
+            "taskset 2 guest-work disk-verify /dev/vd{name} {BYTES} || exit 2"
+        ));
+    }
+    script.push("exit 42".into());
+    let script: Vec<&str> = script.iter().map(String::as_str).collect();
+    spec.cmdline = jeos("", &script).cmdline;
+    spec.vcpus = 2;
+    let end = fleet.start(spec).end();
+    assert_eq!(
+        (end.reason, end.exit_code),
+        (StopReason::PowerOff, Some(42)),
+        "{}",
+        end.console
+    );
+    for name in ["vdb", "vdc"] {
+        assert_eq!(value(&end.console, name), "2", "{}", end.console);
+    }
+}
+
+#[test]
+fn tcp_through_a_tap_with_two_queues() {
+    const TEST: &str = "tcp_through_a_tap_with_two_queues";
+    if !linux_runs(TEST) {
+        return;
+    }
+    match Tap::with_queues() {
+        Ok(tap) => net::tcp_both_ways(&tap, 2),
+        Err(why) => println!("SKIP: {TEST}: no TAP can be made: {why}"),
+    }
 }

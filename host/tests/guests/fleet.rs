@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use shoal_devices::virtio::net::open::MadeTap;
 use shoal_host::doctor::{Verdict, examine};
 use shoal_host::{Disk, GuestSpec, GuestView, Host, HostConfig, State, StopReason, Vsock, now_ns};
 use tokio::runtime::Runtime;
@@ -302,6 +303,8 @@ pub struct Tap {
     name: String,
     /// To be removed.
     made: bool,
+    /// It has several queues, and goes with this.
+    _queues: Option<MadeTap>,
     /// Two with one address would take each other's packets.
     _only_one: MutexGuard<'static, ()>,
 }
@@ -323,6 +326,7 @@ impl Tap {
                 .clone()
                 .unwrap_or_else(|| format!("shoalt{}", std::process::id())),
             made: false,
+            _queues: None,
             // A test that failed meanwhile has dropped its TAP.
             _only_one: ONLY_ONE.lock().unwrap_or_else(PoisonError::into_inner),
         };
@@ -332,12 +336,33 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Makes one for several queues.
+    ///
+    /// # Errors
+    /// Why this machine lets us have none.
+    pub fn with_queues() -> Result<Self, String> {
+        let name = format!("shoalq{}", std::process::id());
+        let made = MadeTap::new(&name).map_err(|e| shoal_host::chain(&e))?;
+        let tap = Self {
+            name,
+            made: false,
+            _queues: Some(made),
+            _only_one: ONLY_ONE.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        tap.set_up()?;
+        Ok(tap)
+    }
+
     fn make(&mut self) -> Result<(), String> {
         // iproute2's ip, else busybox's own tool.
         run("ip", &["tuntap", "add", "dev", &self.name, "mode", "tap"]).or_else(|first| {
             run("tunctl", &["-t", &self.name]).map_err(|second| format!("{first}; {second}"))
         })?;
         self.made = true;
+        self.set_up()
+    }
+
+    fn set_up(&self) -> Result<(), String> {
         run("ip", &["addr", "add", Self::ADDRESS, "dev", &self.name])?;
         run("ip", &["link", "set", &self.name, "up"])
     }

@@ -93,6 +93,50 @@ fn open_queue(name: &str, several: bool) -> Result<OwnedFd, OpenTapError> {
     Ok(file.into())
 }
 
+/// A TAP for several queues that goes with this guard, and with the last of those who have opened queues of it. It takes
+/// no part in its traffic.
+pub struct MadeTap {
+    _queue: OwnedFd,
+}
+
+impl MadeTap {
+    /// Makes the TAP `name` in this process's network namespace. It has no address and is down.
+    ///
+    /// # Errors
+    /// [`OpenTapError::Busy`] when there is an interface of that name, [`OpenTapError::Io`] when the kernel refuses.
+    pub fn new(name: &str) -> Result<Self, OpenTapError> {
+        if interface_index(name).is_some() {
+            return Err(OpenTapError::Busy(name.to_owned()));
+        }
+        let queue = open_queue(name, true)?;
+        set_attached(&queue, false).map_err(|source| OpenTapError::Io {
+            what: "TUNSETQUEUE",
+            name: name.to_owned(),
+            source,
+        })?;
+        Ok(Self { _queue: queue })
+    }
+}
+
+/// Lets a queue of a TAP have a part in the interface's traffic, or none (TUNSETQUEUE).
+pub(super) fn set_attached(queue: &impl AsRawFd, attached: bool) -> io::Result<()> {
+    // SAFETY: all-zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let flag = if attached {
+        libc::IFF_ATTACH_QUEUE
+    } else {
+        libc::IFF_DETACH_QUEUE
+    };
+    request.ifr_ifru.ifru_flags = flag as libc::c_short;
+    // SAFETY: the kernel reads one ifreq.
+    let r = unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETQUEUE, std::ptr::from_ref(&request)) };
+    if r < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// The index of an interface of this process's network namespace.
 pub fn interface_index(name: &str) -> Option<u32> {
     let name = CString::new(name)
@@ -130,6 +174,13 @@ mod tests {
             if unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
                 return Err(io::Error::last_os_error());
             }
+            let made_for_two = MadeTap::new("tap8").expect("TAPs can be made here");
+            assert!(matches!(MadeTap::new("tap8"), Err(OpenTapError::Busy(_))));
+            assert_eq!(open_tap("tap8", 2).expect("two queues").len(), 2);
+            let one = open_tap("tap8", 1);
+            assert!(matches!(one, Err(OpenTapError::NotATap(_))), "{one:?}");
+            drop(made_for_two);
+            assert!(interface_index("tap8").is_none(), "it goes with its guard");
             let (busy, lo) = (open_tap("tap7", 1), open_tap("lo", 1));
             let several = [open_tap("tap7", 2), open_tap("lo", 2)];
             // SAFETY: takes an integer: the interface outlives its descriptor.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use super::HEADER;
+use super::open::set_attached;
 use crate::sys::set_nonblocking;
 
 /// A TAP, or a socket in its place in tests.
@@ -93,25 +94,7 @@ impl Tap {
             return Ok(());
         }
         if self.is_tap {
-            // SAFETY: zeroes are a valid request.
-            let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-            let flag = if attached {
-                libc::IFF_ATTACH_QUEUE
-            } else {
-                libc::IFF_DETACH_QUEUE
-            };
-            request.ifr_ifru.ifru_flags = flag as libc::c_short;
-            // SAFETY: the kernel reads one request.
-            let r = unsafe {
-                libc::ioctl(
-                    self.file.as_raw_fd(),
-                    libc::TUNSETQUEUE,
-                    std::ptr::from_ref(&request),
-                )
-            };
-            if r < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            set_attached(&self.file, attached)?;
         }
         self.attached = attached;
         Ok(())
