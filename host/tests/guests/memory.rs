@@ -44,8 +44,9 @@ fn two_guests_share_their_kernel() {
              the other guest",
             guest.pid(),
         );
-        // A kernel of its own for each guest would show nothing as shared.
-        assert!(shared > 1024 && shared <= resident, "{shared} of {resident} KiB");
+        // Code that both have run; what a kernel writes anyway is copied. A kernel of its own for each guest would show
+        // nothing as shared.
+        assert!(shared > 512 && shared <= resident, "{shared} of {resident} KiB");
     }
 }
 
