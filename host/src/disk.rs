@@ -221,4 +221,17 @@ mod tests {
             other => panic!("{other:?}"),
         }
     }
+
+    #[test]
+    fn a_tap_has_one_guest() {
+        let users = DiskUsers::default();
+        assert_eq!(users.tap_user(7), None);
+        let used = users.note_tap(7, "abc");
+        assert_eq!(
+            (users.tap_user(7).as_deref(), users.tap_user(8)),
+            (Some("abc"), None)
+        );
+        drop(used);
+        assert_eq!(users.tap_user(7), None);
+    }
 }
