@@ -41,45 +41,61 @@ fn bars(part: &IoPart) -> Plot {
 fn part(part: &IoPart) -> String {
     let mut html = format!(
         "<h3>{}</h3>\n<p>Medians of {} runs of {} operations.</p>\n<table><tr><th>by<th class=n>operations/s\
-         <th class=n>MB/s<th class=n>first is faster by<th>95 % interval<th class=n>device CPU, µs<th class=n>all CPU, µs\
-         <th class=n>system calls<th class=n>exits<th class=n>kicks</tr>\n",
+         <th class=n>MB/s<th class=n>first is faster by<th>95 % interval</tr>\n",
         escape(&part.name),
         part.turns,
         part.ops
     );
     for s in &part.subjects {
-        row(&mut html, part, s);
+        let (low, high) = s.interval;
+        let figures = [
+            s.ops_per_s,
+            s.ops_per_s * part.bytes_per_op as f64 / 1e6,
+            s.first_is_faster_by,
+        ];
+        row(
+            &mut html,
+            s,
+            &figures.map(Some),
+            &format!("<td>{} to {}", short(low), short(high)),
+        );
     }
     html.push_str(
-        "</table>\n<p class=dim>CPU, system calls, exits and notifications are for one operation.</p>\n",
+        "</table>\n<table><tr><th>for one operation<th class=n>device CPU, µs<th class=n>all CPU, µs\
+         <th class=n>system calls<th class=n>exits<th class=n>kicks</tr>\n",
     );
+    for s in &part.subjects {
+        let costs = [
+            Some(s.device_cpu_us_per_op),
+            Some(s.all_cpu_us_per_op),
+            s.system_calls_per_op,
+            s.exits_per_op,
+            Some(s.kicks_per_op),
+        ];
+        row(&mut html, s, &costs, "");
+    }
+    html.push_str("</table>\n");
     if part.subjects.iter().any(|s| s.latency_us.is_some()) {
         latencies(&mut html, part);
+    }
+    for s in part.subjects.iter().filter(|s| !s.version.is_empty()) {
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            html,
+            "<p class=dim>{}: {}</p>",
+            escape(&s.name),
+            escape(&s.version)
+        );
     }
     html
 }
 
-fn row(html: &mut String, part: &IoPart, s: &IoSubject) {
-    let figure = |n: f64| format!("<td class=n>{}", short(n));
-    let optional = |n: Option<f64>| n.map_or_else(|| "<td class=n>–".to_owned(), figure);
-    let (low, high) = s.interval;
-    // Writing to a string does not fail.
-    let _ = writeln!(
-        html,
-        "<tr><td>{} {}{}{}{}<td>{} to {}{}{}{}{}{}</tr>",
-        escape(&s.name),
-        escape(&s.version),
-        figure(s.ops_per_s),
-        figure(s.ops_per_s * part.bytes_per_op as f64 / 1e6),
-        figure(s.first_is_faster_by),
-        short(low),
-        short(high),
-        figure(s.device_cpu_us_per_op),
-        figure(s.all_cpu_us_per_op),
-        optional(s.system_calls_per_op),
-        optional(s.exits_per_op),
-        figure(s.kicks_per_op)
-    );
+fn row(html: &mut String, s: &IoSubject, figures: &[Option<f64>], more: &str) {
+    let cells: String = figures
+        .iter()
+        .map(|n| format!("<td class=n>{}", n.map_or_else(|| "–".to_owned(), short)))
+        .collect();
+    let _ = writeln!(html, "<tr><td>{}{cells}{more}</tr>", escape(&s.name));
 }
 
 fn latencies(html: &mut String, part: &IoPart) {
@@ -122,7 +138,8 @@ mod tests {
         };
         io.check().unwrap();
         let (_, html, plots) = section(&io);
-        assert_eq!((html.matches("&lt;qemu&gt;").count(), plots.len()), (2, 1));
+        // Its rates, its costs, its latencies.
+        assert_eq!((html.matches("&lt;qemu&gt;").count(), plots.len()), (3, 1));
         assert!(!html.contains("<qemu>"));
     }
 }
