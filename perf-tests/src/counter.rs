@@ -116,11 +116,17 @@ mod tests {
 
     #[test]
     fn a_program_s_calls_are_counted_from_its_exec_on() {
-        let count = |script: &str| -> Result<u64> {
+        let once = |script: &str| -> Result<u64> {
             let counter = Counter::of_next_program()?;
             assert_eq!(counter.read()?, 0);
             assert!(Command::new("sh").args(["-c", script]).status()?.success());
             counter.read()
+        };
+        // Linux 6.18 misses calls now and then when other counters come and go beside this one; it never invents any.
+        let count = |script| {
+            (0..5)
+                .map(|_| once(script))
+                .try_fold(0, |most, n| Ok::<_, anyhow::Error>(n?.max(most)))
         };
         let few = match count(":") {
             Ok(few) => few,
