@@ -16,7 +16,7 @@ failed=
 # A line that one of these no longer uses is reported as unused: add the test that does.
 tests=(block::what_is_flushed_survives_a_reset block::what_is_discarded_is_given_back
     engines::what_is_flushed_through_io_uring_survives_a_reset engines::a_limit_that_is_set_on_a_running_guest_is_kept
-    hostile::rubbish_ends_nothing_and_spins_nothing net::tcp_through_a_tap_both_ways
+    engines::tcp_through_a_tap_with_two_queues hostile::rubbish_ends_nothing_and_spins_nothing net::tcp_through_a_tap_both_ways
     stop::each_end_of_a_bare_metal_guest_has_its_reason stop::is_killed_at_the_deadline vsock::sockets_both_ways)
 case ${1:-} in
     --all) tests=() ;;
