@@ -19,10 +19,13 @@ pub mod port {
     /// Host to machine: the command's standard input, in chunks of a little-endian u32 length and as many bytes; a
     /// length of zero is the end of file.
     pub const STDIN: u32 = 4;
+    /// Host to machine: a byte in each second, where time is not counted in instructions. QEMU's emulation of SVM loses an
+    /// interrupt of the timer now and then; with nothing else to wake it the machine then sleeps for ever.
+    pub const HEARTBEAT: u32 = 5;
     /// The first share's FUSE requests and replies; the second has the number after it, and so on.
-    pub const FIRST_SHARE: u32 = 5;
+    pub const FIRST_SHARE: u32 = 6;
     /// The device has 31 ports, 0 among them, which is kept for consoles.
-    pub const MAX_SHARES: usize = 26;
+    pub const MAX_SHARES: usize = 25;
 }
 
 /// What to run, and in what surroundings.
@@ -40,6 +43,8 @@ pub struct Job {
     pub shares: Vec<Share>,
     /// What the command's standard input is.
     pub stdin: Stdin,
+    /// Whether the host sends on [`port::HEARTBEAT`].
+    pub heartbeat: bool,
 }
 
 /// One directory of the host in the machine.

@@ -55,8 +55,18 @@ pub fn main() -> Result<std::convert::Infallible, GuestError> {
 
 fn work(job: &Job, control: &mut File) -> Result<Message, GuestError> {
     init::prepare()?;
+    if job.heartbeat {
+        take_heartbeats()?;
+    }
     shares::mount_all(&job.shares)?;
     session::run(job, |uptime_ns| say(control, &Message::Up { uptime_ns }))
+}
+
+/// Starts a thread that takes what comes on [`port::HEARTBEAT`]: it comes to wake the machine, and says nothing.
+fn take_heartbeats() -> Result<(), GuestError> {
+    let mut port = ports::open_for_reading(port::HEARTBEAT)?;
+    std::thread::spawn(move || io::copy(&mut port, &mut io::sink()));
+    Ok(())
 }
 
 fn say(control: &mut File, message: &Message) -> Result<(), GuestError> {

@@ -39,6 +39,8 @@ pub struct Running {
     pub stdout: UnixStream,
     pub stderr: UnixStream,
     pub stdin: UnixStream,
+    /// None where time is counted in instructions.
+    pub heartbeat: Option<UnixStream>,
     pub shares: Vec<UnixStream>,
 }
 
@@ -124,7 +126,10 @@ pub fn start(machine: &Machine<'_>) -> Result<Running, LabError> {
     let stdout = channels.port(&mut command, port::STDOUT)?;
     let stderr = channels.port(&mut command, port::STDERR)?;
     let stdin = channels.port(&mut command, port::STDIN)?;
-
+    let heartbeat = match machine.icount {
+        true => None,
+        false => Some(channels.port(&mut command, port::HEARTBEAT)?),
+    };
     let shares = (port::FIRST_SHARE..)
         .take(machine.shares)
         .map(|number| channels.port(&mut command, number))
@@ -137,6 +142,7 @@ pub fn start(machine: &Machine<'_>) -> Result<Running, LabError> {
         stdout,
         stderr,
         stdin,
+        heartbeat,
         shares,
     })
 }

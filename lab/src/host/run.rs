@@ -5,7 +5,7 @@ use super::share_fs::ShareFs;
 use super::{BuildDir, LabError, LogTail, Sources, fuse, initramfs, qemu};
 use crate::job::{Job, Message, Share, Stdin, port};
 use std::env;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 const UP_LIMIT: Duration = Duration::from_secs(120);
 /// QEMU closes its sockets just before it ends.
 const REAP_LIMIT: Duration = Duration::from_secs(5);
+/// How often the machine is woken.
+const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Lines of the kernel's log that an error shows.
 const TAIL_LINES: usize = 25;
 
@@ -142,6 +144,9 @@ pub fn run(
         shares: plan.shares.len(),
     })?;
     drop(archive);
+    if let Some(port) = &running.heartbeat {
+        beat(copy(port)?);
+    }
     for (share, port) in plan.shares.iter().zip(&running.shares) {
         let files = ShareFs::open_root(&share.host, share.writable).map_err(LabError::system(format!(
             "open the shared directory {}",
@@ -152,6 +157,15 @@ pub fn run(
     let mut session = Session::begin(running, options, begin, stdout, stderr)?;
     session.timings.started = begin.elapsed();
     session.wait()
+}
+
+/// Sends on [`port::HEARTBEAT`] until the machine is gone.
+fn beat(mut port: UnixStream) {
+    std::thread::spawn(move || {
+        while port.write_all(b".").is_ok() {
+            std::thread::sleep(HEARTBEAT);
+        }
+    });
 }
 
 /// What the options come to.
@@ -223,6 +237,7 @@ fn job(options: &Options, shares: &[ShareDir]) -> Result<Job, LabError> {
         modules: Vec::new(),
         shares: shares.iter().map(share).collect::<Result<_, LabError>>()?,
         stdin: options.stdin,
+        heartbeat: !options.icount,
     })
 }
 
