@@ -239,8 +239,14 @@ fn stacked(title: &str, stages: &[Stage]) -> Plot {
     plot::timeline(&format!("{title} (pieces are named after their end)"), &pieces)
 }
 
-/// `FirstInstruction` as `first instruction`; what has no capital letters stays.
+/// `FirstInstruction` as `first instruction`; what has no capital letters stays. Marks are those of Shoal's init
+/// (`shoal_vmm::protocol::mark`).
 fn words(step: &str) -> String {
+    match step {
+        "Mark(1)" => return "init".into(),
+        "Mark(2)" => return "workload".into(),
+        _ => {}
+    }
     let mut words = String::new();
     for c in step.chars() {
         if c.is_uppercase() && !words.is_empty() {
@@ -493,7 +499,10 @@ mod tests {
         assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
         assert_eq!(date(1_735_689_599), "2024-12-31 23:59 UTC");
         assert_eq!(words("FirstInstruction"), "first instruction");
-        assert_eq!(words("Mark(1)"), "mark(1)");
+        assert_eq!(
+            (words("Mark(1)").as_str(), words("Mark(7)").as_str()),
+            ("init", "mark(7)")
+        );
     }
 
     #[test]
