@@ -150,6 +150,7 @@ pub fn interface_index(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn opens_only_taps_that_exist() {
@@ -186,7 +187,15 @@ mod tests {
             // SAFETY: takes an integer: the interface outlives its descriptor.
             unsafe { libc::ioctl(made.as_raw_fd(), libc::TUNSETPERSIST, 1) };
             drop(made);
-            Ok((busy, lo, several, open_tap("tap7", 1)))
+            // A child that another test's thread forks holds the descriptor, too, until its exec.
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let free = loop {
+                match open_tap("tap7", 1) {
+                    Err(OpenTapError::Busy(_)) if Instant::now() < deadline => std::thread::yield_now(),
+                    other => break other,
+                }
+            };
+            Ok((busy, lo, several, free))
         };
         match std::thread::spawn(test)
             .join()
