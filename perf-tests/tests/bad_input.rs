@@ -86,6 +86,12 @@ fn peers_that_are_unknown_are_refused_at_once() {
     assert!(stderr(&output).contains("firecracker"), "{}", stderr(&output));
 }
 
+/// The number that was given to a process or thread last.
+fn newest_pid() -> u64 {
+    let text = fs::read_to_string("/proc/loadavg").unwrap();
+    text.rsplit(' ').next().unwrap().trim().parse().unwrap()
+}
+
 #[test]
 fn an_interrupted_run_saves_what_it_measured_and_leaves_no_process() {
     if skip_without_kvm("an_interrupted_run_saves_what_it_measured_and_leaves_no_process") {
@@ -107,11 +113,13 @@ fn an_interrupted_run_saves_what_it_measured_and_leaves_no_process() {
             .spawn()
             .unwrap();
         // Each guest is five threads or more, kernel threads among them; warming up takes twenty guests at most.
-        let stat = || fs::read_to_string("/proc/loadavg").unwrap();
-        let started = |s: String| s.rsplit(' ').next().unwrap().trim().parse::<u64>().unwrap();
-        let before = started(stat());
-        while started(stat()) < before + 500 {
+        let (mut last, mut started) = (newest_pid(), 0);
+        while started < 500 {
             std::thread::yield_now();
+            // Numbers begin again from below when the highest was given.
+            let newest = newest_pid();
+            started += newest.saturating_sub(last);
+            last = newest;
             assert!(
                 child.try_wait().unwrap().is_none(),
                 "{arguments:?} ended by itself"
