@@ -1,15 +1,14 @@
 //! Boot latency of the probe guest: the VMM's own cost, in turns with the floor and with other VMMs.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use shoal_vmm::protocol::{Pages, Step};
 
 use crate::driver::{Guest, Jails, Started, Way, sibling, start_floor, start_vmm};
-use crate::peers::{Peer, PeerArg};
+use crate::peers::{Peer, PeerArg, usable};
 use crate::results::{ProbeBoot, Stage, Subject};
 use crate::signal::interrupted;
 use crate::stats::median;
@@ -64,15 +63,7 @@ impl BesideArgs {
 
 /// The halting probe guest, ready to be mapped.
 pub fn probe_guest() -> Result<Guest> {
-    let mut file = tempfile::tempfile().context("making a temporary file")?;
-    file.write_all(shoal_probe::HALT_PVH)?;
-    Ok(Guest {
-        kernel: shoal_vmm::kernel::load(&file).context("loading the probe guest")?,
-        initrd: None,
-        cmdline: String::new(),
-        memory_mib: PROBE_MEMORY_MIB,
-        pages: Pages::Small,
-    })
+    Guest::bare_metal(shoal_probe::HALT_PVH, Pages::Small)
 }
 
 /// Something that is started once a turn.
@@ -123,7 +114,7 @@ pub fn probe(runs: u32, beside: &BesideArgs) -> Result<ProbeBoot> {
         true => Some((Jails::off(&vmm)?, Jails::full(&vmm, beside.cgroup.as_deref())?)),
         false => None,
     };
-    let peers = find_peers(&beside.peers);
+    let peers = usable(&beside.peers, Peer::new);
     let mut all = vec![
         Contender::new("floor", "", Start::Floor(&floor)),
         Contender::new(SHOAL, "", Start::Shoal(Way::Plain(&vmm))),
@@ -142,20 +133,6 @@ pub fn probe(runs: u32, beside: &BesideArgs) -> Result<ProbeBoot> {
         .as_ref()
         .map(|(_, full)| full.lacks().map(str::to_owned).collect());
     Ok(result(&all, &timelines, lacks.unwrap_or_default()))
-}
-
-/// A peer that cannot be used is told, and the rest goes on.
-fn find_peers(args: &[PeerArg]) -> Vec<Peer> {
-    let found = args.iter().map(|arg| (arg, Peer::new(arg)));
-    found
-        .filter_map(|(arg, peer)| match peer {
-            Ok(peer) => Some(peer),
-            Err(e) => {
-                eprintln!("shoal-perf: the peer {arg} is left out: {e:#}");
-                None
-            }
-        })
-        .collect()
 }
 
 /// Timelines of the plain shoal-vmm. A turn that was interrupted does not count.

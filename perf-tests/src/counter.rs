@@ -1,11 +1,12 @@
-//! How many system calls processes make, by the kernel's tracepoint for them.
+//! How often the kernel passes its tracepoints: how many system calls processes make, and other things.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
+const SYSTEM_CALLS: &str = "raw_syscalls/sys_enter";
 const PERF_TYPE_TRACEPOINT: u32 = 2;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 /// Flags of perf_event_attr: off at first; also for what is started later; on when the process executes a program.
@@ -29,32 +30,54 @@ struct PerfEventAttr {
     config1: u64,
 }
 
-/// A count of system calls.
+/// A count of the times that a tracepoint was passed, by some threads and those that they make.
 pub struct Counter(Vec<OwnedFd>);
 
 impl Counter {
-    /// Of the next program that this thread starts, from its exec on, and of what that starts. (Of a second one nothing
+    /// Of system calls of the next program that this thread starts, from its exec on, and of what that starts. (Of a second one nothing
     /// would be counted: the kernel turns an inherited counter on once.)
     ///
     /// # Errors
     /// When the kernel has no tracepoints or does not let us count.
     pub fn of_next_program() -> Result<Self> {
-        let event = open(0, DISABLED | INHERIT | ENABLE_ON_EXEC)?;
+        let event = open(number_of(SYSTEM_CALLS)?, 0, DISABLED | INHERIT | ENABLE_ON_EXEC)?;
         Ok(Self(vec![event]))
     }
 
-    /// Of the process `pid`, and of what it starts from now on.
+    /// Of system calls of the process `pid`, and of what it starts from now on.
     ///
     /// # Errors
     /// As for [`Self::of_next_program`], or when there is no such process.
     pub fn of_process(pid: u32) -> Result<Self> {
         let folder = format!("/proc/{pid}/task");
-        let mut events = Vec::new();
+        let mut threads = Vec::new();
         for task in fs::read_dir(&folder).with_context(|| format!("reading {folder}"))? {
             let name = task?.file_name();
             let tid = name.to_str().and_then(|n| n.parse().ok());
-            events.push(open(tid.context("a thread without a number")?, INHERIT)?);
+            threads.push(tid.context("a thread without a number")?);
         }
+        Self::system_calls_of(threads)
+    }
+
+    /// Of system calls of some threads.
+    ///
+    /// # Errors
+    /// As for [`Self::of_threads`].
+    pub fn system_calls_of(threads: impl IntoIterator<Item = u32>) -> Result<Self> {
+        Self::of_threads(SYSTEM_CALLS, threads)
+    }
+
+    /// Of the tracepoint `group/name`, passed by some threads.
+    ///
+    /// # Errors
+    /// As for [`Self::of_next_program`], or when there is no such tracepoint, thread, or any thread.
+    pub fn of_threads(tracepoint: &str, threads: impl IntoIterator<Item = u32>) -> Result<Self> {
+        let id = number_of(tracepoint)?;
+        let threads = threads.into_iter();
+        let events = threads
+            .map(|tid| open(id, tid, INHERIT))
+            .collect::<Result<Vec<_>>>()?;
+        ensure!(!events.is_empty(), "there is no thread to count {tracepoint} of");
         Ok(Self(events))
     }
 
@@ -72,22 +95,25 @@ impl Counter {
     }
 }
 
-/// The number of the tracepoint that each system call passes.
-fn tracepoint() -> Result<u64> {
-    let path = "/sys/kernel/tracing/events/raw_syscalls/sys_enter/id";
-    let text = fs::read_to_string(path).with_context(|| {
-        format!("reading {path}: system calls are counted as root, where tracefs is mounted")
-    })?;
+/// The number of a tracepoint.
+fn number_of(tracepoint: &str) -> Result<u64> {
+    let path = |root| format!("{root}/events/{tracepoint}/id");
+    let (first, second) = (path("/sys/kernel/tracing"), path("/sys/kernel/debug/tracing"));
+    let text = fs::read_to_string(&first)
+        .or_else(|e| fs::read_to_string(second).map_err(|_| e))
+        .with_context(|| {
+            format!("reading {first}: tracepoints are counted as root, where tracefs is mounted")
+        })?;
     text.trim()
         .parse()
-        .with_context(|| format!("{path} holds {text:?}"))
+        .with_context(|| format!("{first} holds {text:?}"))
 }
 
-fn open(tid: i32, flags: u64) -> Result<OwnedFd> {
+fn open(id: u64, tid: u32, flags: u64) -> Result<OwnedFd> {
     let attr = PerfEventAttr {
         kind: PERF_TYPE_TRACEPOINT,
         size: size_of::<PerfEventAttr>() as u32,
-        config: tracepoint()?,
+        config: id,
         flags,
         ..PerfEventAttr::default()
     };
@@ -96,14 +122,14 @@ fn open(tid: i32, flags: u64) -> Result<OwnedFd> {
         libc::syscall(
             libc::SYS_perf_event_open,
             &raw const attr,
-            tid,
+            tid as libc::pid_t,
             -1,
             -1,
             PERF_FLAG_FD_CLOEXEC,
         )
     };
     if fd < 0 {
-        return Err(io::Error::last_os_error()).context("counting system calls (perf_event_open)");
+        return Err(io::Error::last_os_error()).context("counting a tracepoint (perf_event_open)");
     }
     // SAFETY: the descriptor is new and owned by nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
@@ -138,5 +164,21 @@ mod tests {
         let more = count("for i in 1 2 3 4 5 6 7 8; do : > /dev/null; done").unwrap();
         assert!(few > 1 && more > few + 8, "{few} {more}");
         assert!(Counter::of_process(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn system_calls_are_counted_where_the_kernel_lets_us() {
+        // SAFETY: takes nothing and cannot fail.
+        let thread_id = || unsafe { libc::syscall(libc::SYS_gettid) as u32 };
+        let Ok(counter) = Counter::system_calls_of([thread_id()]) else {
+            eprintln!("SKIPPED: no tracepoints here");
+            return;
+        };
+        let before = counter.read().unwrap();
+        for _ in 0..100 {
+            std::hint::black_box(thread_id());
+        }
+        assert!(counter.read().unwrap() >= before + 100);
+        assert!(Counter::of_threads("no/such", std::iter::empty()).is_err());
     }
 }

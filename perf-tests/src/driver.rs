@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,8 @@ use shoal_vmm::protocol::{
     ConsoleConfig, Event, InitrdConfig, KernelConfig, MemoryConfig, Message, Pages, Reply, Request, Timeline,
     VmConfig,
 };
+
+use crate::boot::PROBE_MEMORY_MIB;
 
 /// A program of Shoal's, beside this one or in SHOAL_BIN_DIR.
 pub fn sibling(name: &str) -> Result<PathBuf> {
@@ -54,6 +56,24 @@ pub struct Guest {
     pub memory_mib: u64,
     /// The pages behind it.
     pub pages: Pages,
+}
+
+impl Guest {
+    /// A bare-metal guest whose kernel is `image`, ready to be mapped.
+    ///
+    /// # Errors
+    /// When it cannot be loaded.
+    pub fn bare_metal(image: &[u8], pages: Pages) -> Result<Self> {
+        let mut file = tempfile::tempfile().context("making a temporary file")?;
+        file.write_all(image)?;
+        Ok(Self {
+            kernel: shoal_vmm::kernel::load(&file).context("loading the probe guest")?,
+            initrd: None,
+            cmdline: String::new(),
+            memory_mib: PROBE_MEMORY_MIB,
+            pages,
+        })
+    }
 }
 
 /// A child that is killed and reaped when it is dropped, also on the way out of an error.

@@ -85,6 +85,19 @@ impl fmt::Display for PeerArg {
     }
 }
 
+/// The peers that can be used, each made by `new`. One that cannot is told, and the rest goes on.
+pub fn usable<P>(args: &[PeerArg], new: impl Fn(&PeerArg) -> Result<P>) -> Vec<P> {
+    let made = args.iter().map(|arg| (arg, new(arg)));
+    made.filter_map(|(arg, peer)| match peer {
+        Ok(peer) => Some(peer),
+        Err(e) => {
+            eprintln!("shoal-perf: the peer {arg} is left out: {e:#}");
+            None
+        }
+    })
+    .collect()
+}
+
 /// A VMM to compare with, and the files that it boots from.
 pub struct Peer {
     arg: PeerArg,

@@ -14,8 +14,8 @@ use tempfile::NamedTempFile;
 
 use super::results::IoResult;
 use super::watch::Vmm;
-use super::{Contender, IoArgs, Pattern, qemu, qemus, result, shoal, take_turns};
-use crate::peers::PeerArg;
+use super::{Contender, IoArgs, Pattern, qemu, result, shoal, take_turns};
+use crate::peers::{PeerArg, usable};
 
 /// What `block` measures.
 #[derive(clap::Args)]
@@ -118,7 +118,7 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
         BUFFERS >> 20
     );
     let disk = disk(args.disk_mib << 20)?;
-    let (starter, qemus) = (shoal::Starter::new()?, qemus(&args.io));
+    let (starter, qemus) = (shoal::Starter::new()?, usable(&args.io.peers, qemu::Starter::new));
     let default = [Access::RandRead, Access::RandWrite, Access::Read];
     let patterns = match args.patterns[..] {
         [] => &default,

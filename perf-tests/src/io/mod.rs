@@ -15,12 +15,12 @@ pub mod vsock;
 mod watch;
 
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{Read, Seek};
 
 use anyhow::{Context, Result, bail};
 use shoal_vmm::protocol::Pages;
 
-use crate::boot::{PROBE_MEMORY_MIB, bar};
+use crate::boot::bar;
 use crate::driver::Guest;
 use crate::peers::PeerArg;
 use crate::signal::interrupted;
@@ -59,32 +59,9 @@ impl IoArgs {
     }
 }
 
-/// The probe guest, ready to be mapped.
+/// The probe guest, ready to be mapped. Its pages are as a process gets them that says nothing, which is what the peers are.
 fn probe_guest() -> Result<Guest> {
-    let mut file = tempfile::tempfile().context("making a temporary file")?;
-    file.write_all(shoal_probe::PROBE)?;
-    Ok(Guest {
-        kernel: shoal_vmm::kernel::load(&file).context("loading the probe guest")?,
-        initrd: None,
-        cmdline: String::new(),
-        memory_mib: PROBE_MEMORY_MIB,
-        // As a process gets them that says nothing, which is what the peers are.
-        pages: Pages::Host,
-    })
-}
-
-/// The peers that can be used. One that cannot is told, and the rest goes on.
-fn qemus(args: &IoArgs) -> Vec<qemu::Starter> {
-    let found = args.peers.iter().map(|arg| (arg, qemu::Starter::new(arg)));
-    found
-        .filter_map(|(arg, peer)| match peer {
-            Ok(peer) => Some(peer),
-            Err(e) => {
-                eprintln!("shoal-perf: the peer {arg} is left out: {e:#}");
-                None
-            }
-        })
-        .collect()
+    Guest::bare_metal(shoal_probe::PROBE, Pages::Host)
 }
 
 /// The end of what a program wrote to `file`.

@@ -18,8 +18,8 @@ use shoal_devices::virtio::net::open::open_tap;
 
 use super::results::IoResult;
 use super::watch::{Run, Vmm};
-use super::{Contender, HostPart, IoArgs, Pattern, When, qemu, qemus, result, shoal, sys, take_turns};
-use crate::peers::PeerArg;
+use super::{Contender, HostPart, IoArgs, Pattern, When, qemu, result, shoal, sys, take_turns};
+use crate::peers::{PeerArg, usable};
 
 /// What `net` measures.
 #[derive(clap::Args)]
@@ -140,7 +140,7 @@ fn enter() -> Result<()> {
 }
 
 fn inside(args: &NetArgs) -> Result<IoResult> {
-    let (starter, qemus) = (shoal::Starter::new()?, qemus(&args.io));
+    let (starter, qemus) = (shoal::Starter::new()?, usable(&args.io.peers, qemu::Starter::new));
     let all_patterns = [Traffic::ToHost, Traffic::ToGuest, Traffic::Ping];
     let patterns = match args.patterns[..] {
         [] => &all_patterns,

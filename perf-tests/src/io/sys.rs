@@ -1,71 +1,9 @@
 //! System calls and instructions that the standard library does not have, each behind a safe function.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
-
-const PERF_TYPE_TRACEPOINT: u32 = 2;
-/// Bit 1 of perf_event_attr's flags: count for threads made later, too.
-const INHERIT: u64 = 1 << 1;
-const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
-
-/// The head of the kernel's `struct perf_event_attr` (linux/perf_event.h), 64 bytes of its first version.
-#[repr(C)]
-#[derive(Default)]
-struct PerfEventAttr {
-    kind: u32,
-    size: u32,
-    config: u64,
-    sample_period: u64,
-    sample_type: u64,
-    read_format: u64,
-    flags: u64,
-    wakeup_events: u32,
-    bp_type: u32,
-    config1: u64,
-}
-
-/// A counter of the tracepoint with number `id`, for the thread `tid` and those that it makes from now on.
-pub fn count_tracepoint(id: u64, tid: u32) -> io::Result<OwnedFd> {
-    let attr = PerfEventAttr {
-        kind: PERF_TYPE_TRACEPOINT,
-        size: size_of::<PerfEventAttr>() as u32,
-        config: id,
-        flags: INHERIT,
-        ..PerfEventAttr::default()
-    };
-    // SAFETY: the kernel reads `size` bytes of the structure; the rest are numbers.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_perf_event_open,
-            &raw const attr,
-            tid as libc::pid_t,
-            -1,
-            -1,
-            PERF_FLAG_FD_CLOEXEC,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and owned by nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-}
-
-/// What a counter has counted.
-pub fn read_counter(counter: &OwnedFd) -> io::Result<u64> {
-    let mut value = [0; 8];
-    File::from(counter.try_clone()?).read_exact(&mut value)?;
-    Ok(u64::from_ne_bytes(value))
-}
-
-/// This thread's number.
-#[cfg(test)]
-pub fn thread_id() -> u32 {
-    // SAFETY: takes nothing and cannot fail.
-    unsafe { libc::syscall(libc::SYS_gettid) as u32 }
-}
 
 /// Cycles of the time stamp counter in one second, which a guest counts in, too.
 pub fn tsc_per_second() -> f64 {

@@ -2,8 +2,6 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::os::fd::OwnedFd;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -80,35 +78,6 @@ fn run_time(schedstat: &str) -> Option<u64> {
     schedstat.split(' ').next()?.parse().ok()
 }
 
-/// Counts how often the kernel passed one of its tracepoints for some threads, and those that they make.
-pub struct Counter(Vec<OwnedFd>);
-
-impl Counter {
-    /// `tracepoint` is `group/name`. None where the kernel or its administrator does not let us.
-    pub fn new(tracepoint: &str, threads: impl Iterator<Item = u32>) -> Option<Self> {
-        let id = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"]
-            .iter()
-            .find_map(|root| {
-                fs::read_to_string(Path::new(root).join("events").join(tracepoint).join("id")).ok()
-            })?;
-        let id = id.trim().parse().ok()?;
-        let events: Option<Vec<OwnedFd>> = threads
-            .map(|tid| super::sys::count_tracepoint(id, tid).ok())
-            .collect();
-        events.filter(|e| !e.is_empty()).map(Self)
-    }
-
-    /// The count so far.
-    pub fn read(&self) -> Result<u64> {
-        let counts = self.0.iter().map(super::sys::read_counter);
-        Ok(counts
-            .collect::<std::io::Result<Vec<_>>>()
-            .context("reading a counter of the kernel")?
-            .iter()
-            .sum())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,22 +125,5 @@ mod tests {
             }
         };
         assert_eq!(spent.vcpu_ns, 0);
-    }
-
-    #[test]
-    fn system_calls_are_counted_where_the_kernel_lets_us() {
-        let Some(counter) = Counter::new(
-            "raw_syscalls/sys_enter",
-            [super::super::sys::thread_id()].into_iter(),
-        ) else {
-            eprintln!("SKIPPED: no tracepoints here");
-            return;
-        };
-        let before = counter.read().unwrap();
-        for _ in 0..100 {
-            std::hint::black_box(super::super::sys::thread_id());
-        }
-        assert!(counter.read().unwrap() >= before + 100);
-        assert!(Counter::new("no/such", std::iter::empty()).is_none());
     }
 }

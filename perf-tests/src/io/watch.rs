@@ -5,7 +5,8 @@ use std::io::{BufRead, BufReader, Read};
 use anyhow::{Context, Result, bail};
 
 use super::lines::{Latency, Line, MAX_LINE, parse};
-use super::usage::{Counter, CpuMoment, CpuTime};
+use super::usage::{CpuMoment, CpuTime};
+use crate::counter::Counter;
 
 /// A VMM with the probe guest in it, which ends when it is dropped.
 pub trait Vmm {
@@ -133,8 +134,8 @@ impl Watch<'_> {
 fn counters_of(pid: u32) -> Result<Counters> {
     let threads = CpuMoment::of(pid)?;
     Ok(Counters {
-        system_calls: Counter::new("raw_syscalls/sys_enter", threads.threads()),
-        exits: Counter::new("kvm/kvm_exit", threads.vcpus()),
+        system_calls: Counter::system_calls_of(threads.threads()).ok(),
+        exits: Counter::of_threads("kvm/kvm_exit", threads.vcpus()).ok(),
     })
 }
 
