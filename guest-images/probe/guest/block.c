@@ -152,17 +152,10 @@ void block(const char *pattern)
         describe(&slots[i], 3 * i);
     if (!run(measure.warm))
         return;
-    latency_reset();
-    u64 kicks = disk.queues[0].kicks;
-    begin();
-    u64 start = now();
-    int good = run(measure.ops);
-    u64 cycles = now() - start;
-    end();
-    if (!good)
+    struct result result;
+    if (!measured(&disk, run, &result))
         return;
-    kicks = disk.queues[0].kicks - kicks;
-    report("block", measure.ops, cycles);
+    report("block", measure.ops, result.cycles);
     latency_print();
-    report("kicks", kicks, cycles);
+    report("kicks", result.kicks, result.cycles);
 }

@@ -1,4 +1,4 @@
-#include "probe.h"
+#include "virtio.h"
 
 struct measure measure = { .depth = 32, .size = 4096, .ops = 10000, .warm = 1000, .check = 0,
                            .patience = 30000000000ul }; // some ten seconds
@@ -15,15 +15,12 @@ void set_measure(const char *key, u64 value)
         *field = value;
 }
 
-void begin(void) { print("probe: begins\n"); }
-void end(void) { print("probe: ends\n"); }
-
 // Latencies by their five highest bits behind the first: within 1.6 % of the truth.
 enum { SUB_BITS = 5, BUCKETS = 64 << SUB_BITS };
 static u32 latencies[BUCKETS];
 static u64 latency_count, latency_max;
 
-void latency_reset(void)
+static void latency_reset(void)
 {
     fill(latencies, 0, sizeof latencies);
     latency_count = latency_max = 0;
@@ -66,6 +63,27 @@ void latency_print(void)
     print(" max ");
     print_number(latency_max);
     print(" cycles\n");
+}
+
+static u64 kicks(const struct device *device)
+{
+    u64 sum = 0;
+    for (u32 i = 0; i < QUEUES; i++)
+        sum += device->queues[i].kicks;
+    return sum;
+}
+
+int measured(const struct device *device, int (*run)(u64 ops), struct result *result)
+{
+    latency_reset();
+    result->kicks = kicks(device);
+    print("probe: begins\n"); // the host begins to watch
+    u64 start = now();
+    int good = run(measure.ops);
+    result->cycles = now() - start;
+    print("probe: ends\n");
+    result->kicks = kicks(device) - result->kicks;
+    return good;
 }
 
 void fail(const char *what, const char *why)

@@ -148,21 +148,14 @@ void net(const char *way)
     print("probe: listens\n"); // the host may begin to send
     if (!run(measure.warm))
         return;
-    latency_reset();
     lost = 0;
-    u64 kicks = nic.queues[RX].kicks + nic.queues[TX].kicks;
-    begin();
-    u64 start = now();
-    int good = run(measure.ops);
-    u64 cycles = now() - start;
-    end();
-    if (!good)
+    struct result result;
+    if (!measured(&nic, run, &result))
         return;
-    kicks = nic.queues[RX].kicks + nic.queues[TX].kicks - kicks;
-    report("net", measure.ops, cycles);
+    report("net", measure.ops, result.cycles);
     if (run == run_receive)
-        report("lost", lost, cycles);
+        report("lost", lost, result.cycles);
     if (run == run_ping)
         latency_print();
-    report("kicks", kicks, cycles);
+    report("kicks", result.kicks, result.cycles);
 }

@@ -33,9 +33,6 @@ struct measure {
 };
 extern struct measure measure;
 void set_measure(const char *key, u64 value); // words of others are passed over
-void begin(void);                            // "probe: begins": the host begins to watch
-void end(void);                              // "probe: ends"
-void latency_reset(void);
 void latency_add(u64 cycles);
 void latency_print(void);                    // "probe: latency p50 C p90 C p99 C p999 C max C cycles"
 void fail(const char *what, const char *why); // "probe: WHAT error: WHY"

@@ -47,3 +47,11 @@ void queue_fill(struct queue *queue, u16 head);
 void queue_publish(struct queue *queue);        // and notifies, when the device wants it
 int queue_take(struct queue *queue, struct used_element *element); // 0: nothing was completed
 int queue_wait(const struct device *device, struct queue *queue, const char *what); // 0: stuck, and was told
+
+// measure.c
+struct result {
+    u64 cycles;
+    u64 kicks; // notifications that the driver wrote
+};
+// Runs measure.ops operations on the device between "probe: begins" and "probe: ends"; 0: failed, and was told
+int measured(const struct device *device, int (*run)(u64 ops), struct result *result);

@@ -205,18 +205,11 @@ void vsock(const char *way)
     }
     if (!prepare() || !run(measure.warm))
         return;
-    latency_reset();
-    u64 kicks = dev.queues[RX].kicks + dev.queues[TX].kicks;
-    begin();
-    u64 start = now();
-    int good = run(measure.ops);
-    u64 cycles = now() - start;
-    end();
-    if (!good)
+    struct result result;
+    if (!measured(&dev, run, &result))
         return;
-    kicks = dev.queues[RX].kicks + dev.queues[TX].kicks - kicks;
-    report("vsock", measure.ops, cycles);
+    report("vsock", measure.ops, result.cycles);
     if (run == run_ping)
         latency_print();
-    report("kicks", kicks, cycles);
+    report("kicks", result.kicks, result.cycles);
 }
