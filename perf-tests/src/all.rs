@@ -1,7 +1,7 @@
 //! Every benchmark that this machine can run, one after another, and the page of their results.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -18,7 +18,7 @@ use crate::{api, boot, churn, costs, density, io, jail, linux, report};
 /// What `all` runs, and where its results go.
 #[derive(clap::Args)]
 pub struct AllArgs {
-    /// The folder for results (NAME.json), the page (report.html) and its plots (plots/*.svg)
+    /// The folder for results (NAME.json), the page (report.html) and its plots (plots/*.svg, *.png)
     #[arg(long, default_value = "build/bench", value_name = "DIR")]
     out: PathBuf,
     /// Only these benchmarks
@@ -291,8 +291,13 @@ fn make_page(args: &AllArgs, files: &[PathBuf]) -> Result<()> {
         println!("nothing was measured: no report");
         return Ok(());
     }
-    let page: &Path = &args.out.join("report.html");
-    report::write(files, &args.history, page, Some(&args.out.join("plots")))
+    let (page, plots) = (args.out.join("report.html"), args.out.join("plots"));
+    let output = report::Output {
+        page: &page,
+        svg: Some(&plots),
+        png: Some(&plots),
+    };
+    report::write(files, &args.history, &output)
 }
 
 #[cfg(test)]

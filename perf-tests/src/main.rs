@@ -7,6 +7,7 @@ mod accounts;
 mod all;
 mod api;
 mod boot;
+mod canvas;
 mod churn;
 mod costs;
 #[allow(unsafe_code)]
@@ -26,6 +27,7 @@ mod machine;
 mod mounts;
 mod peers;
 mod plot;
+mod png;
 mod report;
 mod results;
 #[allow(unsafe_code)]
@@ -224,6 +226,9 @@ struct ReportArgs {
     /// Also writes each plot as an SVG file into this folder
     #[arg(long, value_name = "DIR")]
     svg: Option<PathBuf>,
+    /// Also writes each plot as PNG files into this folder: NAME.png light, NAME-dark.png dark
+    #[arg(long, value_name = "DIR")]
+    png: Option<PathBuf>,
     /// Earlier results (files, or folders of them) for the history; they get no sections of their own
     #[arg(long, value_name = "PATH")]
     history: Vec<PathBuf>,
@@ -258,7 +263,12 @@ fn main() -> anyhow::Result<()> {
             deliver(method, machine, Measured::Costs(costs), &args.out)
         }
         Command::Report(args) => {
-            report::write(&args.results, &args.history, &args.output, args.svg.as_deref())
+            let output = report::Output {
+                page: &args.output,
+                svg: args.svg.as_deref(),
+                png: args.png.as_deref(),
+            };
+            report::write(&args.results, &args.history, &output)
         }
         Command::All(args) => all::run(&args),
         Command::Check(args) => gate::check(&args.baselines, args.update),

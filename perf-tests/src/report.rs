@@ -1,5 +1,7 @@
 //! One self-contained page from results files: figures, plots, and how and on what each was measured.
 
+#[path = "report_guest.rs"]
+mod guest;
 #[path = "report_host.rs"]
 mod host;
 
@@ -8,11 +10,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::gate::durations;
+use crate::canvas::{DARK, LIGHT, style};
 use crate::history;
 use crate::machine::Machine;
-use crate::plot::{self, Plot, Ratio, STYLE, escape, short};
-use crate::results::{Density, LinuxBoot, Measured, ProbeBoot, ResultFile, Stage};
+use crate::plot::{Plot, escape, short};
+use crate::png::png;
+use crate::results::{Measured, ResultFile};
 
 const PAGE_STYLE: &str = "\
 html{color-scheme:light dark;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
@@ -34,9 +37,19 @@ struct Section {
     plots: Vec<(String, Plot)>,
 }
 
-/// Reads `files` and writes the page, with a history of those and of `earlier` ones; and each plot as a file into
-/// `svg`. A file that is refused is told, and the page is made of the others.
-pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Path, svg: Option<&Path>) -> Result<()> {
+/// Where a report goes.
+pub struct Output<'a> {
+    /// The page.
+    pub page: &'a Path,
+    /// The folder for each plot as SVG, if any.
+    pub svg: Option<&'a Path>,
+    /// The folder for each plot as PNG, if any.
+    pub png: Option<&'a Path>,
+}
+
+/// Reads `files` and writes the page, with a history of those and of `earlier` ones, and each plot as files. A file that
+/// is refused is told, and the page is made of the others.
+pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Output<'_>) -> Result<()> {
     let (mut sections, mut results, mut refused) = (Vec::new(), Vec::new(), 0);
     let mut load = |path: &PathBuf| {
         let told = |e| eprintln!("shoal-perf: left out: {:#}", anyhow::Error::from(e));
@@ -63,21 +76,19 @@ pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Path, svg: Option<
     results.extend(history::find(earlier)?.iter().filter_map(&mut load));
     let used = results.len();
     sections.extend(over_time(&results));
-    std::fs::write(output, page(&headlines, &sections))
-        .with_context(|| format!("writing the report {}", output.display()))?;
-    println!("{}: {used} results", output.display());
-    if let Some(folder) = svg {
-        std::fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
-        for (i, (name, plot)) in sections.iter().flat_map(|s| &s.plots).enumerate() {
-            let same = |s: &Section| s.plots.iter().filter(|p| p.0 == *name).count();
-            // Two files of one name in two folders.
-            let name = match sections.iter().map(same).sum::<usize>() {
-                1 => name.clone(),
-                _ => format!("{name}-{i}"),
-            };
-            let path = folder.join(name + ".svg");
-            std::fs::write(&path, plot.file())
-                .with_context(|| format!("writing the plot {}", path.display()))?;
+    std::fs::write(output.page, page(&headlines, &sections))
+        .with_context(|| format!("writing the report {}", output.page.display()))?;
+    println!("{}: {used} results", output.page.display());
+    let plots = named_apart(&sections);
+    if let Some(folder) = output.svg {
+        for (name, plot) in &plots {
+            write_plot(folder, &format!("{name}.svg"), plot.file().as_bytes())?;
+        }
+    }
+    if let Some(folder) = output.png {
+        for (name, plot) in &plots {
+            write_plot(folder, &format!("{name}.png"), &png(plot, &LIGHT)?)?;
+            write_plot(folder, &format!("{name}-dark.png"), &png(plot, &DARK)?)?;
         }
     }
     if refused > 0 {
@@ -87,6 +98,27 @@ pub fn write(files: &[PathBuf], earlier: &[PathBuf], output: &Path, svg: Option<
         );
     }
     Ok(())
+}
+
+/// All plots, with names that none shares with another.
+fn named_apart(sections: &[Section]) -> Vec<(String, &Plot)> {
+    let all = || sections.iter().flat_map(|s| &s.plots);
+    let mut named = Vec::new();
+    for (i, (name, plot)) in all().enumerate() {
+        // Two files of one name in two folders.
+        let name = match all().filter(|p| p.0 == *name).count() {
+            1 => name.clone(),
+            _ => format!("{name}-{i}"),
+        };
+        named.push((name, plot));
+    }
+    named
+}
+
+fn write_plot(folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("making the folder {}", folder.display()))?;
+    let path = folder.join(name);
+    std::fs::write(&path, bytes).with_context(|| format!("writing the plot {}", path.display()))
 }
 
 /// What changed from result to result; none if nothing was measured twice.
@@ -111,9 +143,10 @@ fn page(headlines: &[(String, &str, f64)], sections: &[Section]) -> String {
     let mut html = format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width\">\
-         <title>Shoal: measurements</title>\n<style>{STYLE}{PAGE_STYLE}</style></head>\n<body><h1>Shoal: measurements</h1>\n\
+         <title>Shoal: measurements</title>\n<style>{}{PAGE_STYLE}</style></head>\n<body><h1>Shoal: measurements</h1>\n\
          <p>Figures of different methods are never to be compared with each other. Ratios were taken in one run, in \
-         turns; their intervals hold the true ratio of medians with 95 % confidence (bootstrap over turns).</p>\n"
+         turns; their intervals hold the true ratio of medians with 95 % confidence (bootstrap over turns).</p>\n",
+        style()
     );
     html.push_str("<table>\n");
     for (name, unit, figure) in headlines {
@@ -133,9 +166,9 @@ fn page(headlines: &[(String, &str, f64)], sections: &[Section]) -> String {
 
 fn section(path: &Path, result: &ResultFile) -> Section {
     let (title, figures, plots) = match &result.measured {
-        Measured::BootProbe(boot) => probe_boot(boot),
-        Measured::BootLinux(boot) => linux_boot(boot),
-        Measured::Density(density) => density_run(density),
+        Measured::BootProbe(boot) => guest::probe_boot(boot),
+        Measured::BootLinux(boot) => guest::linux_boot(boot),
+        Measured::Density(density) => guest::density_run(density),
         Measured::Io(io) => crate::io::report::section(io),
         Measured::Limits(limits) => {
             let (title, html) = limits.section();
@@ -169,205 +202,6 @@ fn section(path: &Path, result: &ResultFile) -> Section {
 
 /// Its title, its figures, and its plots with their names.
 pub type Part = (String, String, Vec<(&'static str, Plot)>);
-
-fn probe_boot(boot: &ProbeBoot) -> Part {
-    let mut html = format!(
-        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n<table><tr><th>started<th class=n>ms\
-         <th class=n>p90<th class=n>÷ shoal-vmm<th>95 % interval<th>version</tr>\n",
-        short(boot.vmm_ms),
-        short(boot.ratio)
-    );
-    for s in &boot.subjects {
-        let figures = [s.median_ms, s.p90_ms, s.ratio_to_shoal]
-            .map(|f| format!("<td class=n>{}", short(f)))
-            .concat();
-        let (low, high) = s.ratio_interval;
-        let (name, version) = (escape(&s.name), escape(&s.version));
-        line(
-            &mut html,
-            &format!(
-                "<tr><td>{name}{figures}<td>{} to {}<td class=v>{version}</tr>",
-                short(low),
-                short(high)
-            ),
-        );
-    }
-    line(&mut html, "</table>");
-    if let Some(adds) = boot.jail_adds_ms {
-        line(&mut html, &format!("<p>The jail adds {} ms.</p>", short(adds)));
-    }
-    if !boot.jail_lacks.is_empty() {
-        let lacks = escape(&boot.jail_lacks.join(", "));
-        line(
-            &mut html,
-            &format!("<p>Where this was measured the jail lacks: {lacks}.</p>"),
-        );
-    }
-    let series: Vec<(&str, &[f64])> = boot
-        .subjects
-        .iter()
-        .map(|s| (s.name.as_str(), s.samples_ms.as_slice()))
-        .collect();
-    let all: Vec<Ratio<'_>> = boot
-        .subjects
-        .iter()
-        .map(|s| Ratio {
-            name: &s.name,
-            ratio: s.ratio_to_shoal,
-            interval: s.ratio_interval,
-        })
-        .collect();
-    let plots = vec![
-        (
-            "ratios",
-            plot::ratios("Start latency as a ratio", "× shoal-vmm", &all),
-        ),
-        ("latency", plot::cdf("Start latency, distribution", &series)),
-        ("timeline", stacked("What a start is made of", &boot.stages)),
-    ];
-    (
-        "From process start to the guest's first output".into(),
-        html,
-        plots,
-    )
-}
-
-/// A boot's pieces, each named after the step that ends it, in words.
-fn stacked(title: &str, stages: &[Stage]) -> Plot {
-    let pieces: Vec<(String, f64)> = durations(stages).iter().map(|&(n, d)| (words(n), d)).collect();
-    let pieces: Vec<(&str, f64)> = pieces.iter().map(|(n, d)| (n.as_str(), *d)).collect();
-    plot::timeline(&format!("{title} (pieces are named after their end)"), &pieces)
-}
-
-/// `FirstInstruction` as `first instruction`; what has no capital letters stays. Marks are those of Shoal's init
-/// (`shoal_vmm::protocol::mark`).
-fn words(step: &str) -> String {
-    match step {
-        "Mark(1)" => return "init".into(),
-        "Mark(2)" => return "workload".into(),
-        _ => {}
-    }
-    let mut words = String::new();
-    for c in step.chars() {
-        if c.is_uppercase() && !words.is_empty() {
-            words.push(' ');
-        }
-        words.extend(c.to_lowercase());
-    }
-    words
-}
-
-fn linux_boot(boot: &LinuxBoot) -> Part {
-    let html = format!(
-        "<p class=\"big\">{} ms</p>\n<p>Median of {} boots; all within {} %.</p>\n",
-        short(boot.init_ms),
-        boot.runs,
-        short(boot.spread_percent)
-    );
-    let plots = vec![("timeline", stacked("What a boot is made of", &boot.stages))];
-    (
-        match boot.guest.as_str() {
-            "" => "A Linux guest: from process start to the first line of init".into(),
-            guest => format!("{guest}: from process start to the first line of init"),
-        },
-        html,
-        plots,
-    )
-}
-
-fn density_run(d: &Density) -> Part {
-    let mut html = format!(
-        "<p class=\"big\">{} MB of host memory per guest</p>\n<p>{} idle guests of {} MiB.</p>\n<table>\n",
-        short(d.host_mb_per_guest),
-        d.guests,
-        d.guest_memory_mib
-    );
-    for (name, value, unit) in [
-        (
-            "host memory per guest, slope of MemAvailable",
-            d.host_mb_per_guest,
-            "MB",
-        ),
-        (
-            "the same, first and last point",
-            d.host_mb_per_guest_end_to_end,
-            "MB",
-        ),
-        ("PSS per guest", d.pss_mb_per_guest, "MB"),
-        (
-            "processor time at rest, all guests together",
-            d.rest_cpu_percent,
-            "% of one",
-        ),
-        ("start, median", d.start_ms, "ms"),
-        ("processes left behind", f64::from(d.leaks.processes), ""),
-        ("descriptors left behind", f64::from(d.leaks.descriptors), ""),
-    ] {
-        line(
-            &mut html,
-            &format!("<tr><td>{name}<td class=n>{}<td>{unit}</tr>", plain(value)),
-        );
-    }
-    line(&mut html, "</table>");
-    if !d.shares.is_empty() {
-        let head = format!(
-            "<table><tr><th>a guest's memory by the {}'s account<th class=n>MB</tr>",
-            escape(&d.accounts)
-        );
-        line(&mut html, &head);
-        for share in &d.shares {
-            let row = format!(
-                "<tr><td>{}<td class=n>{}</tr>",
-                escape(&share.kind),
-                short(share.mb)
-            );
-            line(&mut html, &row);
-        }
-        line(&mut html, "</table>");
-    }
-    if let Some(why) = &d.stopped_because {
-        let why = escape(why);
-        line(
-            &mut html,
-            &format!("<p>Fewer than the {} asked for: {why}.</p>", d.guests_asked),
-        );
-    }
-    let first = d.points.first().map_or(0, |p| p.mem_available);
-    let taken = |available: u64| (first as f64 - available as f64) / 1e6;
-    let at = |p: &crate::results::DensityPoint, y: f64| (f64::from(p.guests), y);
-    let memory = [
-        (
-            "host memory taken",
-            d.points.iter().map(|p| at(p, taken(p.mem_available))).collect(),
-        ),
-        (
-            "sum of the VMMs' PSS",
-            d.points.iter().map(|p| at(p, p.pss as f64 / 1e6)).collect(),
-        ),
-    ];
-    let starts = d
-        .starts_ms
-        .iter()
-        .enumerate()
-        .map(|(i, &ms)| (i as f64, ms))
-        .collect();
-    let plots = vec![
-        (
-            "memory",
-            plot::over_guests("Host memory against guests", "MB", &memory, plot::Look::Lines),
-        ),
-        (
-            "starts",
-            plot::over_guests(
-                "Start latency against guests",
-                "ms",
-                &[("one start", starts)],
-                plot::Look::Dots,
-            ),
-        ),
-    ];
-    ("Density".into(), html, plots)
-}
 
 /// A count without a point, another figure with three digits.
 pub fn plain(value: f64) -> String {
@@ -431,7 +265,7 @@ fn date(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::{Leaks, Subject};
+    use crate::results::{Density, Leaks, ProbeBoot, Subject};
 
     fn files(folder: &Path) -> Vec<PathBuf> {
         let shoal = vec![1.6, 1.7, 1.8];
@@ -482,26 +316,67 @@ mod tests {
     fn the_page_holds_all_results_and_no_markup_of_theirs() {
         let folder = tempfile::tempdir().unwrap();
         let page = folder.path().join("r.html");
-        let svg = folder.path().join("svg");
-        write(&files(folder.path()), &[], &page, Some(&svg)).unwrap();
-        let html = std::fs::read_to_string(page).unwrap();
+        let (svg, png) = (folder.path().join("svg"), folder.path().join("png"));
+        let output = Output {
+            page: &page,
+            svg: Some(&svg),
+            png: Some(&png),
+        };
+        write(&files(folder.path()), &[], &output).unwrap();
+        let html = std::fs::read_to_string(&page).unwrap();
         assert!(!html.contains("<script") && !html.contains("<i>") && !html.contains("\"><b>"));
         assert_eq!(html.matches("<svg").count(), 5);
         assert_eq!(std::fs::read_dir(svg).unwrap().count(), 5);
+        // Light and dark.
+        assert_eq!(std::fs::read_dir(&png).unwrap().count(), 10);
+        for name in ["boot-latency.png", "boot-latency-dark.png"] {
+            let bytes = std::fs::read(png.join(name)).unwrap();
+            let drawn = tiny_skia::Pixmap::decode_png(&bytes).unwrap();
+            assert!(drawn.width() == 1520 && drawn.pixels().iter().any(|p| *p != drawn.pixels()[0]));
+        }
         for outside in ["src=", "href=", "@import", "url("] {
             assert!(!html.contains(outside), "the page loads something: {outside}");
         }
     }
 
     #[test]
-    fn dates_and_words_are_readable() {
+    fn dates_are_readable() {
         assert_eq!(date(0), "1970-01-01 00:00 UTC");
         assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
         assert_eq!(date(1_735_689_599), "2024-12-31 23:59 UTC");
-        assert_eq!(words("FirstInstruction"), "first instruction");
-        assert_eq!(
-            (words("Mark(1)").as_str(), words("Mark(7)").as_str()),
-            ("init", "mark(7)")
+    }
+
+    fn only(page: &Path) -> Output<'_> {
+        Output {
+            page,
+            svg: None,
+            png: None,
+        }
+    }
+
+    #[test]
+    fn results_that_are_kept_can_be_read() {
+        let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
+        let files = history::find(&[kept]).unwrap();
+        assert!(!files.is_empty());
+        for path in files {
+            ResultFile::load(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let (page, taken) = (folder.path().join("r.html"), folder.path().join("taken"));
+        std::fs::write(&taken, "").unwrap();
+        let output = Output {
+            png: Some(&taken),
+            ..only(&page)
+        };
+        let told = format!("{:#}", write(&files(folder.path()), &[], &output).unwrap_err());
+        assert!(
+            told.contains("making the folder") && told.contains("taken"),
+            "{told}"
         );
     }
 
@@ -511,12 +386,12 @@ mod tests {
         let page = folder.path().join("r.html");
         let mut all = files(folder.path());
         std::fs::write(&all[1], "{\"schema\":1,").unwrap();
-        let told = write(&all, &[], &page, None).unwrap_err().to_string();
+        let told = write(&all, &[], &only(&page)).unwrap_err().to_string();
         assert!(told.contains("1 of 2"), "{told}");
         assert!(page.exists());
         std::fs::remove_file(&page).unwrap();
         all.remove(0);
-        assert!(write(&all, &[], &page, None).is_err());
+        assert!(write(&all, &[], &only(&page)).is_err());
         assert!(!page.exists());
     }
 }
