@@ -76,6 +76,8 @@ fn every_pattern_of_a_disk_is_measured_with_both_engines() {
                 number(&s["ops_per_s"]) > 0.0 && number(&s["latency_us"]["p50"]) > 0.0,
                 "{s}"
             );
+            // As the tools of HdrHistogram read it.
+            assert!(s["hdr_ns"].as_str().unwrap().starts_with("HISTFAAA"), "{s}");
             // A run cannot be done without telling the device once.
             assert!(number(&s["kicks_per_op"]) > 0.0, "{s}");
             assert_eq!(s["samples_ops_per_s"].as_array().unwrap().len(), 2, "{s}");
@@ -114,6 +116,8 @@ fn streams_go_both_ways() {
         assert!(number(&part["subjects"][0]["ops_per_s"]) > 0.0, "{part}");
     }
     assert!(number(&parts[2]["subjects"][0]["latency_us"]["p50"]) > 0.0);
+    // A stream that goes one way only has none.
+    assert!(parts[0]["subjects"][0].get("hdr_ns").is_none());
 }
 
 #[test]

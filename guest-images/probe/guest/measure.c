@@ -18,51 +18,48 @@ void set_measure(const char *key, u64 value)
 // Latencies by their five highest bits behind the first: within 1.6 % of the truth.
 enum { SUB_BITS = 5, BUCKETS = 64 << SUB_BITS };
 static u32 latencies[BUCKETS];
-static u64 latency_count, latency_max;
+static u64 latency_max;
 
 static void latency_reset(void)
 {
     fill(latencies, 0, sizeof latencies);
-    latency_count = latency_max = 0;
+    latency_max = 0;
 }
 
 void latency_add(u64 cycles)
 {
     u32 shift = cycles >> (SUB_BITS + 1) ? 63 - SUB_BITS - __builtin_clzl(cycles) : 0;
     latencies[(shift << SUB_BITS) + (cycles >> shift)]++;
-    latency_count++;
     if (cycles > latency_max)
         latency_max = cycles;
 }
 
-// The middle of the bucket below which PER_MILLE of all latencies lie.
-static u64 latency_at(u64 per_mille)
+// The middle of a bucket, in cycles; no more than the longest latency.
+static u64 middle(u64 bucket)
 {
-    u64 left = latency_count * per_mille / 1000;
-    for (u64 i = 0; i < BUCKETS; i++) {
-        if (left < latencies[i]) {
-            u64 shift = i >> (SUB_BITS + 1) ? (i >> SUB_BITS) - 1 : 0;
-            u64 middle = ((i - (shift << SUB_BITS)) << shift) + ((1ul << shift) >> 1);
-            return middle < latency_max ? middle : latency_max;
-        }
-        left -= latencies[i];
-    }
-    return latency_max;
+    u64 shift = bucket >> (SUB_BITS + 1) ? (bucket >> SUB_BITS) - 1 : 0;
+    u64 cycles = ((bucket - (shift << SUB_BITS)) << shift) + ((1ul << shift) >> 1);
+    return cycles < latency_max ? cycles : latency_max;
 }
+
+// Cycles have 20 digits at most and counts 10, so that no line is longer than the 512 bytes that the host takes.
+enum { BUCKETS_A_LINE = 12 };
 
 void latency_print(void)
 {
-    static const struct { const char *name; u64 per_mille; } wanted[] = {
-        { " p50 ", 500 }, { " p90 ", 900 }, { " p99 ", 990 }, { " p999 ", 999 },
-    };
-    print("probe: latency");
-    for (u64 i = 0; i < sizeof wanted / sizeof wanted[0]; i++) {
-        print(wanted[i].name);
-        print_number(latency_at(wanted[i].per_mille));
+    u64 printed = 0;
+    for (u64 i = 0; i < BUCKETS; i++) {
+        if (!latencies[i])
+            continue;
+        if (printed++ % BUCKETS_A_LINE == 0)
+            print(printed > 1 ? "\nprobe: latencies" : "probe: latencies");
+        print(" ");
+        print_number(middle(i));
+        print(":");
+        print_number(latencies[i]);
     }
-    print(" max ");
-    print_number(latency_max);
-    print(" cycles\n");
+    if (printed)
+        print("\n");
 }
 
 static u64 kicks(const struct device *device)

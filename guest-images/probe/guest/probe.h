@@ -34,7 +34,7 @@ struct measure {
 extern struct measure measure;
 void set_measure(const char *key, u64 value); // words of others are passed over
 void latency_add(u64 cycles);
-void latency_print(void);                    // "probe: latency p50 C p90 C p99 C p999 C max C cycles"
+void latency_print(void);                    // "probe: latencies CYCLES:COUNT …", some of them on each line
 void fail(const char *what, const char *why); // "probe: WHAT error: WHY"
 void fail_at(const char *what, const char *why, u64 where); // the same with " at WHERE"
 

@@ -1,7 +1,5 @@
 //! What the probe guest prints while it measures a device (guest-images/README.md).
 
-use serde::{Deserialize, Serialize};
-
 /// A longer line is none of the probe's (bytes).
 pub const MAX_LINE: usize = 512;
 
@@ -25,40 +23,12 @@ pub enum Line {
         /// TSC cycles.
         cycles: u64,
     },
-    /// `probe: latency p50 C … cycles`, in TSC cycles.
-    Latency(Latency),
+    /// `probe: latencies C:N C:N …`: latencies of single operations in TSC cycles, and how many took each.
+    Latencies(Vec<(u64, u64)>),
     /// `probe: WHAT error: WHY`.
     Failed(String),
     /// `probe: done`: the last word of the command line was obeyed.
     Done,
-}
-
-/// Latencies of single operations. In cycles from the guest; in results in µs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Latency {
-    /// Median.
-    pub p50: f64,
-    /// 90 % are below.
-    pub p90: f64,
-    /// 99 % are below.
-    pub p99: f64,
-    /// 99.9 % are below.
-    pub p999: f64,
-    /// The longest.
-    pub max: f64,
-}
-
-impl Latency {
-    /// All of them by `f`.
-    pub fn map(self, f: impl Fn(f64) -> f64) -> Self {
-        Self {
-            p50: f(self.p50),
-            p90: f(self.p90),
-            p99: f(self.p99),
-            p999: f(self.p999),
-            max: f(self.max),
-        }
-    }
 }
 
 /// Reads one line without its end; nothing when it is not of the probe, as what a firmware prints.
@@ -78,28 +48,13 @@ pub fn parse(line: &str) -> Option<Line> {
             count: count.parse().ok()?,
             cycles: cycles.parse().ok()?,
         }),
-        [
-            "latency",
-            "p50",
-            a,
-            "p90",
-            b,
-            "p99",
-            c,
-            "p999",
-            d,
-            "max",
-            e,
-            "cycles",
-        ] => {
-            let cycles = |text: &str| text.parse::<u64>().ok().map(|n| n as f64);
-            Some(Line::Latency(Latency {
-                p50: cycles(a)?,
-                p90: cycles(b)?,
-                p99: cycles(c)?,
-                p999: cycles(d)?,
-                max: cycles(e)?,
-            }))
+        ["latencies", ref all @ ..] => {
+            let pair = |word: &&str| {
+                let (cycles, count) = word.split_once(':')?;
+                Some((cycles.parse().ok()?, count.parse().ok()?))
+            };
+            let all: Option<Vec<_>> = all.iter().map(pair).collect();
+            all.map(Line::Latencies)
         }
         _ => None,
     }
@@ -133,15 +88,13 @@ mod tests {
                     cycles: 21,
                 },
             ),
+            (
+                "probe: latencies 7:3 90000:1\r",
+                Line::Latencies(vec![(7, 3), (90_000, 1)]),
+            ),
         ] {
             assert_eq!(parse(text), Some(line), "{text}");
         }
-        let latency = "probe: latency p50 1 p90 2 p99 3 p999 4 max 5 cycles";
-        let Some(Line::Latency(l)) = parse(latency) else {
-            panic!("{latency}")
-        };
-        assert_eq!([l.p50, l.p90, l.p99, l.p999, l.max], [1.0, 2.0, 3.0, 4.0, 5.0]);
-        assert_eq!(l.map(|c| c * 2.0).max, 10.0);
     }
 
     #[test]
@@ -154,7 +107,11 @@ mod tests {
             "probe: ready now",
             "probe: block x in 1 cycles",
             "probe: block 99999999999999999999999 in 1 cycles",
-            "probe: latency p50 1 p90 2 p99 3 p999 4 max x cycles",
+            "probe: latencies 1:2 x:3",
+            "probe: latencies 1:2 3",
+            "probe: latencies 1:-2",
+            "probe: latencies 1:99999999999999999999999",
+            "probe: latencies 1:2:3",
             "\u{1b}[2J",
         ] {
             assert_eq!(parse(text), None, "{text:?}");

@@ -2,11 +2,20 @@
 
 use std::fmt::Write;
 
-use super::results::{IoPart, IoResult, IoSubject};
-use crate::plot::{self, Plot, Ratio, escape, short};
+use hdrhistogram::Histogram;
 
-/// File names of the plots, one for each part; further parts get none.
-const PLOTS: [&str; 6] = ["io-1", "io-2", "io-3", "io-4", "io-5", "io-6"];
+use super::results::{IoPart, IoResult, IoSubject};
+use crate::plot::{self, Plot, Ratio, Shares, escape, short};
+
+/// File names of the plots of each part: rates, latencies. Further parts get none.
+const PLOTS: [(&str, &str); 6] = [
+    ("io-1", "latency-1"),
+    ("io-2", "latency-2"),
+    ("io-3", "latency-3"),
+    ("io-4", "latency-4"),
+    ("io-5", "latency-5"),
+    ("io-6", "latency-6"),
+];
 
 /// The title, the figures and the plots.
 pub fn section(io: &IoResult) -> (String, String, Vec<(&'static str, Plot)>) {
@@ -19,8 +28,11 @@ pub fn section(io: &IoResult) -> (String, String, Vec<(&'static str, Plot)>) {
     let plots = PLOTS
         .into_iter()
         .zip(&io.parts)
-        .filter(|(_, part)| part.subjects.len() > 1)
-        .map(|(name, part)| (name, bars(part)))
+        .flat_map(|((rates, latencies), part)| {
+            let bars = (part.subjects.len() > 1).then(|| (rates, bars(part)));
+            bars.into_iter()
+                .chain(distributions(part).map(|p| (latencies, p)))
+        })
         .collect();
     (title.into(), html, plots)
 }
@@ -36,6 +48,27 @@ fn bars(part: &IoPart) -> Plot {
         })
         .collect();
     plot::ratios(&part.name, "× as many operations per second by the first", &all)
+}
+
+/// Latencies of all who have them.
+fn distributions(part: &IoPart) -> Option<Plot> {
+    let subjects = part.subjects.iter();
+    let series: Vec<(&str, Shares)> = subjects
+        .filter_map(|s| Some((s.name.as_str(), shares(&s.latencies()?))))
+        .collect();
+    let title = format!("{}: latency, distribution", part.name);
+    (!series.is_empty()).then(|| plot::distributions(&title, "µs", &series))
+}
+
+/// The distribution (µs) that a histogram (ns) holds.
+fn shares(histogram: &Histogram<u64>) -> Shares {
+    let all = histogram.len() as f64;
+    let mut below = 0;
+    let met = histogram.iter_recorded().map(|met| {
+        below += met.count_at_value();
+        (met.value_iterated_to() as f64 / 1e3, below as f64 / all)
+    });
+    met.collect()
 }
 
 fn part(part: &IoPart) -> String {
@@ -112,21 +145,21 @@ fn latencies(html: &mut String, part: &IoPart) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::lines::Latency;
     use super::super::watch::Run;
     use super::*;
+    use crate::hdr;
 
     #[test]
     fn names_are_escaped_and_every_subject_has_a_row() {
         let run = Run {
             ops: 10,
             seconds: 1.0,
-            latency: Some(Latency::default()),
+            latencies: Some(hdr::of([(1000, 9), (2_000_000, 1)])),
             ..Run::default()
         };
         let runs = [run];
         let subjects = ["shoal", "<qemu>"].map(|name| IoSubject::new(name, "", &runs, &runs, None));
-        let io = IoResult {
+        let mut io = IoResult {
             device: "block".into(),
             parts: vec![IoPart {
                 name: "reads".into(),
@@ -139,7 +172,31 @@ mod tests {
         io.check().unwrap();
         let (_, html, plots) = section(&io);
         // Its rates, its costs, its latencies.
-        assert_eq!((html.matches("&lt;qemu&gt;").count(), plots.len()), (3, 1));
+        assert_eq!(html.matches("&lt;qemu&gt;").count(), 3);
         assert!(!html.contains("<qemu>"));
+        let names: Vec<_> = plots.iter().map(|p| p.0).collect();
+        assert_eq!(names, ["io-1", "latency-1"]);
+        let drawn = plots[1].1.inline();
+        assert!(
+            drawn.contains("&lt;qemu&gt;") && drawn.matches("<path").count() == 2,
+            "{drawn}"
+        );
+        // As files from before the histograms.
+        io.parts[0].subjects.iter_mut().for_each(|s| s.hdr_ns.clear());
+        assert_eq!(section(&io).2.len(), 1);
+    }
+
+    #[test]
+    fn shares_end_with_all() {
+        let shares = shares(&hdr::of([(1000, 9), (2_000_000, 1)]));
+        assert_eq!(shares.len(), 2);
+        assert!(
+            (shares[0].0 - 1.0).abs() < 0.001 && (shares[0].1 - 0.9).abs() < 1e-9,
+            "{shares:?}"
+        );
+        assert!(
+            (shares[1].0 - 2000.0).abs() < 2.0 && shares[1].1 == 1.0,
+            "{shares:?}"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! Results of the I/O benchmarks.
 
+use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-use super::lines::Latency;
 use super::watch::{Counts, Run};
+use crate::hdr;
 use crate::results::{MAX_SUBJECTS, count, figure, samples, text};
 use crate::stats::{median, ratio_interval};
 
@@ -29,6 +30,34 @@ pub struct IoPart {
     pub turns: u32,
     /// Shoal first.
     pub subjects: Vec<IoSubject>,
+}
+
+/// Latencies of single operations (µs).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// Median.
+    pub p50: f64,
+    /// 90 % are below.
+    pub p90: f64,
+    /// 99 % are below.
+    pub p99: f64,
+    /// 99.9 % are below.
+    pub p999: f64,
+    /// The longest.
+    pub max: f64,
+}
+
+impl Latency {
+    fn of(histogram: &Histogram<u64>) -> Self {
+        let at = |quantile| histogram.value_at_quantile(quantile) as f64 / 1e3;
+        Self {
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            p999: at(0.999),
+            max: histogram.max() as f64 / 1e3,
+        }
+    }
 }
 
 /// One program in a comparison. Medians over the turns.
@@ -57,9 +86,12 @@ pub struct IoSubject {
     /// Exits of the vCPU for one operation, in that run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exits_per_op: Option<f64>,
-    /// Of single operations (µs): medians of each run's figure.
+    /// Of single operations of all runs (µs). In files without `hdr_ns` medians of each run's figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency_us: Option<Latency>,
+    /// The same as an HDR histogram of nanoseconds (V2, compressed, base64).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hdr_ns: String,
     /// Lost on the way, of all that were sent (percent).
     #[serde(default, skip_serializing_if = "is_zero")]
     pub lost_percent: f64,
@@ -82,7 +114,14 @@ impl IoSubject {
             let run = counted?;
             Some(pick(&run.counts)? as f64 / run.ops as f64)
         };
-        let latency = |pick: &dyn Fn(&Latency) -> f64| of(&|r| r.latency.as_ref().map_or(0.0, pick));
+        let mut all = runs.iter().filter_map(|r| r.latencies.as_ref());
+        let latencies = all.next().map(|first| {
+            all.fold(first.clone(), |mut sum, run| {
+                sum.add(run)
+                    .expect("a histogram that grows by itself takes every other");
+                sum
+            })
+        });
         Self {
             name: name.into(),
             version: version.into(),
@@ -97,16 +136,16 @@ impl IoSubject {
             kicks_per_op: of(&|r| r.kicks as f64 / r.ops as f64),
             system_calls_per_op: per_op(&|c| c.system_calls),
             exits_per_op: per_op(&|c| c.exits),
-            latency_us: runs.first().and_then(|r| r.latency).map(|_| Latency {
-                p50: latency(&|l| l.p50),
-                p90: latency(&|l| l.p90),
-                p99: latency(&|l| l.p99),
-                p999: latency(&|l| l.p999),
-                max: latency(&|l| l.max),
-            }),
+            latency_us: latencies.as_ref().map(Latency::of),
+            hdr_ns: latencies.as_ref().map(hdr::write).unwrap_or_default(),
             lost_percent: of(&|r| 100.0 * r.lost as f64 / (r.lost + r.ops) as f64),
             samples_ops_per_s: own,
         }
+    }
+
+    /// Latencies of all runs (ns); none where they were not measured, or were not kept.
+    pub fn latencies(&self) -> Option<Histogram<u64>> {
+        hdr::read(&self.hdr_ns).ok().flatten()
     }
 }
 
@@ -133,17 +172,23 @@ impl IoResult {
         for part in &self.parts {
             text("a part", &part.name)?;
             count("subjects", part.subjects.len(), MAX_SUBJECTS)?;
-            part.subjects.iter().try_for_each(IoSubject::check)?;
+            part.subjects.iter().try_for_each(|s| s.check(part.ops))?;
         }
         Ok(())
     }
 }
 
 impl IoSubject {
-    fn check(&self) -> Result<(), String> {
+    fn check(&self, ops: u64) -> Result<(), String> {
         text("a name", &self.name)?;
         text("a version", &self.version)?;
         samples("samples_ops_per_s", &self.samples_ops_per_s)?;
+        if let Some(latencies) = hdr::read(&self.hdr_ns).map_err(|e| format!("hdr_ns: {e}"))? {
+            let all = ops.saturating_mul(self.samples_ops_per_s.len() as u64);
+            if latencies.len() != all {
+                return Err(format!("hdr_ns holds {} operations of {all}", latencies.len()));
+            }
+        }
         let latency = self.latency_us.unwrap_or_default();
         for value in [
             self.ops_per_s,
@@ -165,5 +210,56 @@ impl IoSubject {
             figure("a figure", value)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn subject(latencies: &[&[(u64, u64)]]) -> IoSubject {
+        let run = |all: &&[(u64, u64)]| Run {
+            ops: 4,
+            seconds: 1.0,
+            latencies: (!all.is_empty()).then(|| hdr::of(all.iter().copied())),
+            ..Run::default()
+        };
+        let runs: Vec<Run> = latencies.iter().map(run).collect();
+        IoSubject::new("s", "", &runs, &runs, None)
+    }
+
+    #[test]
+    fn latencies_are_those_of_all_runs() {
+        let s = subject(&[&[(1000, 3), (2000, 1)], &[(1000, 2), (9_000_000, 2)]]);
+        let all = s.latencies().unwrap();
+        assert_eq!((all.len(), all.count_at(1000)), (8, 5));
+        let l = s.latency_us.unwrap();
+        assert!(
+            (l.p50 - 1.0).abs() < 0.001 && (l.max - 9000.0).abs() < 9.0,
+            "{l:?}"
+        );
+        assert!(s.check(4).is_ok());
+        let s = subject(&[&[], &[]]);
+        assert_eq!((s.latency_us, s.latencies(), s.hdr_ns.as_str()), (None, None, ""));
+    }
+
+    #[test]
+    fn a_histogram_of_other_runs_or_rubbish_is_refused() {
+        let mut s = subject(&[&[(1000, 4)]]);
+        let told = s.check(5).unwrap_err();
+        assert!(told.contains("4 operations of 5"), "{told}");
+        s.hdr_ns = "AAAA".into();
+        let told = s.check(4).unwrap_err();
+        assert!(told.contains("hdr_ns: a histogram"), "{told}");
+        assert_eq!(s.latencies(), None);
+    }
+
+    #[test]
+    fn a_file_from_before_the_histograms_is_read() {
+        let mut older = serde_json::to_value(subject(&[&[(1000, 4)]])).unwrap();
+        assert!(older.as_object_mut().unwrap().remove("hdr_ns").is_some());
+        let older: IoSubject = serde_json::from_value(older).unwrap();
+        older.check(4).unwrap();
+        assert!(older.latency_us.is_some() && older.latencies().is_none());
     }
 }

@@ -2,11 +2,18 @@
 
 use std::io::{BufRead, BufReader, Read};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use hdrhistogram::Histogram;
 
-use super::lines::{Latency, Line, MAX_LINE, parse};
+use super::lines::{Line, MAX_LINE, parse};
 use super::usage::{CpuMoment, CpuTime};
 use crate::counter::Counter;
+use crate::hdr;
+
+/// Operations in a run whose latencies are told, at most; --turns of them have room in a histogram.
+const MAX_OPS: u64 = 1 << 40;
+/// Different latencies in a run, at most: more than the guest's histogram has buckets.
+const MAX_LATENCIES: usize = 4096;
 
 /// A VMM with the probe guest in it, which ends when it is dropped.
 pub trait Vmm {
@@ -31,8 +38,8 @@ pub struct Run {
     pub kicks: u64,
     /// Operations that were lost on their way (frames).
     pub lost: u64,
-    /// Of single operations (µs).
-    pub latency: Option<Latency>,
+    /// Of single operations (ns). None: the guest did not measure them.
+    pub latencies: Option<Histogram<u64>>,
     /// Present when they were counted in this run.
     pub counts: Counts,
 }
@@ -90,7 +97,8 @@ impl Watch<'_> {
         let mut run = Run::default();
         let mut counters = Counters::default();
         let mut before: Option<(CpuMoment, Counts)> = None;
-        let mut counted = false;
+        let mut counted = None;
+        let mut latencies = Vec::new();
         let mut said = String::new();
         loop {
             let line = read_line(&mut console)?;
@@ -111,16 +119,25 @@ impl Watch<'_> {
                 }
                 Some(Line::Count { name, count, cycles }) if name == self.what => {
                     (run.ops, run.seconds) = (count, cycles as f64 / self.tsc_per_second);
-                    counted = true;
+                    counted = Some(cycles);
                 }
                 Some(Line::Count { name, count, .. }) if name == "kicks" => run.kicks = count,
                 Some(Line::Count { name, count, .. }) if name == "lost" => run.lost = count,
-                Some(Line::Latency(l)) => {
-                    run.latency = Some(l.map(|cycles| cycles / self.tsc_per_second * 1e6));
+                Some(Line::Latencies(more)) => {
+                    latencies.extend(more);
+                    ensure!(
+                        latencies.len() <= MAX_LATENCIES,
+                        "the guest tells more than {MAX_LATENCIES} different latencies"
+                    );
                 }
                 Some(Line::Failed(why)) => bail!("the guest says: {why}; the VMM: {:?}", vmm.last_words()),
-                Some(Line::Done) if counted => return Ok(run),
-                Some(Line::Done) => bail!("the guest measured nothing; its console: {said:?}"),
+                Some(Line::Done) => {
+                    let Some(cycles) = counted else {
+                        bail!("the guest measured nothing; its console: {said:?}")
+                    };
+                    run.latencies = self.histogram(&latencies, run.ops, cycles)?;
+                    return Ok(run);
+                }
                 _ => {}
             }
             if said.len() < 2000 {
@@ -128,6 +145,35 @@ impl Watch<'_> {
                 said.push('\n');
             }
         }
+    }
+}
+
+impl Watch<'_> {
+    /// The guest's latencies (cycles, and how many took them), which have to be those of `ops` operations in a run of
+    /// `cycles`.
+    fn histogram(&self, all: &[(u64, u64)], ops: u64, cycles: u64) -> Result<Option<Histogram<u64>>> {
+        if all.is_empty() {
+            return Ok(None);
+        }
+        ensure!(
+            ops <= MAX_OPS,
+            "the guest says that it did {ops} operations in {cycles} cycles"
+        );
+        let sum = all
+            .iter()
+            .try_fold(0_u64, |sum, &(_, count)| sum.checked_add(count));
+        ensure!(
+            sum == Some(ops),
+            "the guest tells the latencies of {} operations and did {ops}",
+            sum.map_or_else(|| "countless".to_owned(), |n| n.to_string())
+        );
+        if let Some((longest, _)) = all.iter().find(|(latency, _)| *latency > cycles) {
+            bail!("the guest tells a latency of {longest} cycles in a run of {cycles}");
+        }
+        let ns = |cycles: u64| (cycles as f64 / self.tsc_per_second * 1e9) as u64;
+        Ok(Some(hdr::of(
+            all.iter().map(|&(latency, count)| (ns(latency), count)),
+        )))
     }
 }
 
@@ -200,8 +246,8 @@ mod tests {
     }
 
     const GOOD: &str = "firmware\nprobe: ready\nprobe: listens\nprobe: begins\nprobe: ends\nprobe: block 10 in 2000000 cycles\n\
-        probe: latency p50 1 p90 2 p99 3 p999 4 max 5 cycles\nprobe: lost 1 in 2000000 cycles\nprobe: kicks 3 in 2000000 cycles\n\
-        probe: done\n";
+        probe: latencies 100:2 200:5\nprobe: latencies 300:2 2000:1\nprobe: lost 1 in 2000000 cycles\n\
+        probe: kicks 3 in 2000000 cycles\nprobe: done\n";
 
     #[test]
     fn a_run_is_read() {
@@ -209,7 +255,10 @@ mod tests {
         let run = run.unwrap();
         assert_eq!((run.ops, run.seconds, run.kicks, run.lost), (10, 2.0, 3, 1));
         assert_eq!((run.rate(), listened), (5.0, 1));
-        assert_eq!(run.latency.unwrap().p99, 3.0);
+        let latencies = run.latencies.unwrap();
+        assert_eq!(latencies.len(), 10);
+        assert!(latencies.equivalent(latencies.value_at_quantile(0.5), 200_000));
+        assert!(latencies.equivalent(latencies.max(), 2_000_000));
         assert_eq!(run.counts, Counts::default());
     }
 
@@ -228,6 +277,35 @@ mod tests {
             let error = format!("{:#}", watch(text).0.unwrap_err());
             assert!(error.contains(why), "{text:?}: {error}");
         }
+        let many = "probe: latencies 1:0\n".repeat(MAX_LATENCIES + 1);
+        for (latencies, why) in [
+            (
+                "probe: latencies 100:9",
+                "the latencies of 9 operations and did 10",
+            ),
+            ("probe: latencies 100:11", "the latencies of 11 operations"),
+            (
+                "probe: latencies 100:18446744073709551615 1:11",
+                "the latencies of countless operations",
+            ),
+            // One line of them was rubbish.
+            ("probe: latencies 100:9\nprobe: latencies x:1", "of 9 operations"),
+            (
+                "probe: latencies 100:9 2000001:1",
+                "2000001 cycles in a run of 2000000",
+            ),
+            (many.as_str(), "more than 4096 different latencies"),
+        ] {
+            let text = format!("probe: block 10 in 2000000 cycles\n{latencies}\nprobe: done\n");
+            let error = format!("{:#}", watch(Box::leak(text.into_boxed_str())).0.unwrap_err());
+            assert!(error.contains(why), "{latencies:?}: {error}");
+        }
+        let many = format!(
+            "probe: block {0} in 9 cycles\nprobe: latencies 9:{0}\nprobe: done\n",
+            u64::MAX
+        );
+        let error = watch(Box::leak(many.into_boxed_str())).0.unwrap_err().to_string();
+        assert!(error.contains("operations in 9 cycles"), "{error}");
         let long = Box::leak(format!("{}\n{GOOD}", "x".repeat(100_000)).into_boxed_str());
         assert_eq!(watch(long).0.unwrap().ops, 10);
     }
