@@ -93,12 +93,7 @@ pub fn discarded_is_given_back(engine: DiskEngine) {
         ..Disk::default()
     });
     let end = fleet.start(spec).end();
-    assert_eq!(
-        (end.reason, end.exit_code),
-        (StopReason::PowerOff, Some(0)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(0));
     assert_eq!(
         value(&end.console, "limits"),
         "1073741824 1073741824",

@@ -69,12 +69,7 @@ fn a_limit_that_is_set_on_a_running_guest_is_kept() {
     lifted.disks[0].1 = RateLimits::default();
     set(lifted).expect("the VMM takes them");
     let end = guest.end();
-    assert_eq!(
-        (end.reason, end.exit_code),
-        (StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     // The first request costs the others their time, so that all but the last are paid for.
     let took: u64 = value(&end.console, "took").parse().unwrap();
     assert!(took >= 1, "{}", end.console);
@@ -113,12 +108,7 @@ fn every_queue_of_a_disk_carries_its_part() {
     spec.cmdline = jeos("", &script).cmdline;
     spec.vcpus = 2;
     let end = fleet.start(spec).end();
-    assert_eq!(
-        (end.reason, end.exit_code),
-        (StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     for name in ["vdb", "vdc"] {
         assert_eq!(value(&end.console, name), "2", "{}", end.console);
     }

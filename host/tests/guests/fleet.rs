@@ -192,6 +192,19 @@ pub struct End {
     pub exit_code: Option<i32>,
 }
 
+impl End {
+    /// Fails with the console otherwise.
+    #[track_caller]
+    pub fn assert_is(&self, reason: StopReason, exit_code: Option<i32>) {
+        assert_eq!(
+            (&self.reason, self.exit_code),
+            (&reason, exit_code),
+            "{}",
+            self.console
+        );
+    }
+}
+
 /// A guest that was started.
 pub struct Guest<'f> {
     fleet: &'f Fleet,

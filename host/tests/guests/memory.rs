@@ -65,12 +65,7 @@ fn boots(test: &str, mib: u64) -> Option<(u64, String)> {
     let mut spec = jeos("", &script);
     spec.memory_mib = mib;
     let end = fleet.start(spec).end();
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     let total = value(&end.console, "total").split_whitespace().nth(1);
     let total = total
         .and_then(|n| n.parse().ok())

@@ -71,12 +71,7 @@ pub fn tcp_both_ways(tap: &Tap, queues: u32) {
     drop(stream);
 
     let end = guest.end();
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     // What the TAP receives is what the guest sent. Packets larger than a frame were segmented by nobody.
     let (sent, received) = (packet_size(tap, "rx"), packet_size(tap, "tx"));
     println!(

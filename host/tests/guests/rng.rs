@@ -18,12 +18,7 @@ fn random_numbers_come_from_the_host() {
         "exit 42",
     ];
     let end = fleet.start(jeos("", &script)).end();
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     assert_eq!(value(&end.console, "source"), "virtio_rng.0");
     assert_eq!(value(&end.console, "length"), "100000");
     let (first, second) = (value(&end.console, "first"), value(&end.console, "second"));

@@ -22,12 +22,7 @@ fn stops_when_told_over_vsock() {
     ));
     guest.await_output("shoal-init: ready");
     let end = guest.stop(PATIENCE);
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(TERMINATED)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(TERMINATED));
     assert!(
         end.console.contains("shoal-init: asked to stop"),
         "{}",
@@ -54,12 +49,7 @@ fn a_new_daemon_hears_the_guests_of_the_one_before() {
     let guest = fleet.guest(&id);
     assert_eq!(guest.pid(), pid, "it was adopted");
     let end = guest.stop(PATIENCE);
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(TERMINATED)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(TERMINATED));
 }
 
 #[test]
@@ -73,12 +63,7 @@ fn stops_at_the_power_button_alone() {
     let guest = fleet.start(spec);
     guest.await_output("shoal-init: ready");
     let end = guest.stop(PATIENCE);
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, None),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, None);
     assert!(
         end.console.contains("shoal-init: asked to stop"),
         "{}",
@@ -96,12 +81,7 @@ fn is_killed_at_the_deadline() {
     let guest = fleet.start(jeos("shoal.grace=3600", &[deaf]));
     guest.await_output("deaf");
     let end = guest.stop(Duration::from_millis(500));
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::Killed, None),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::Killed, None);
 }
 
 #[test]
@@ -114,12 +94,7 @@ fn linux_ends_by_a_triple_fault() {
     let end = fleet
         .start(jeos("reboot=t shoal.on_exit=reboot", &["exit 5"]))
         .end();
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::TripleFault, Some(5)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::TripleFault, Some(5));
 }
 
 #[test]

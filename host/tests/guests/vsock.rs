@@ -67,12 +67,7 @@ fn sockets_both_ways() {
     drop(stream);
 
     let end = guest.end();
-    assert_eq!(
-        (&end.reason, end.exit_code),
-        (&StopReason::PowerOff, Some(42)),
-        "{}",
-        end.console
-    );
+    end.assert_is(StopReason::PowerOff, Some(42));
     let refused = end.console.lines().find(|l| l.contains("vsock-connect 6001"));
     println!(
         "sockets_both_ways: {}",
