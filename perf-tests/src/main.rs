@@ -69,9 +69,9 @@ enum Command {
     /// How exactly rate limiters keep what they were asked for
     Limits(LimitsCommand),
     /// Latency of each call of the API, against the number of guests that run
-    Api(ApiArgs),
+    Api(ApiCommand),
     /// What the jail adds to a start: alone, beside other jails, and with many mounts
-    Jail(JailArgs),
+    Jail(JailCommand),
     /// Instructions and system calls that the host pays for a VMM's start and for each call of the API
     Costs(CostsArgs),
     /// Every benchmark that can run here, and the report
@@ -171,7 +171,7 @@ struct VsockCommand {
 
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("api_place").required(true).args(["probe", "lab"])))]
-struct ApiArgs {
+struct ApiCommand {
     /// With probe guests on this machine's /dev/kvm
     #[arg(long)]
     probe: bool,
@@ -185,7 +185,7 @@ struct ApiArgs {
 }
 
 #[derive(clap::Args)]
-struct JailArgs {
+struct JailCommand {
     #[command(flatten)]
     jail: jail::JailArgs,
     #[command(flatten)]
@@ -334,7 +334,7 @@ fn measure_density(args: &DensityArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure_api(args: &ApiArgs) -> anyhow::Result<()> {
+fn measure_api(args: &ApiCommand) -> anyhow::Result<()> {
     let machine = Machine::here();
     let (method, api) = match args.lab {
         true => (api::LAB, api::lab(&args.api)?),
@@ -350,4 +350,14 @@ fn deliver(method: &str, machine: Machine, measured: Measured, out: &OutArgs) ->
     let mut result = ResultFile::new(method, machine, signal::interrupted(), measured);
     result.label.clone_from(&out.label);
     result.deliver(out.json, out.save.as_deref())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
 }
