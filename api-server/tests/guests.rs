@@ -45,6 +45,8 @@ fn a_guest_lives_and_ends() {
         .collect();
     for step in [
         "request-received",
+        "process-begun",
+        "jailed",
         "process-spawned",
         "vm-created",
         "first-instruction",

@@ -250,10 +250,12 @@ impl Actor {
             largest_file: launcher::largest_file(&handed),
         };
         let spawned = tokio::task::spawn_blocking(move || shared.launcher.spawn(launch)).await;
-        let (pid, pidfd, lease) = spawned
+        let spawned = spawned
             .map_err(|_| HostError::Closing)?
             .map_err(HostError::Jail)?;
-        let watched = Process::of_child(pid, pidfd, lease);
+        self.record.stamps.add("process-begun", spawned.begun_ns);
+        self.record.stamps.add("jailed", spawned.jailed_ns);
+        let watched = Process::of_child(spawned.pid, spawned.pidfd, spawned.lease);
         let vmm = self.shared.config.vmm.clone();
         let process = process.insert(watched.map_err(HostError::io("watching", &vmm))?);
         self.record.stamps.now("process-spawned");

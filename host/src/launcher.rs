@@ -85,6 +85,17 @@ pub(crate) struct Launch {
     pub largest_file: u64,
 }
 
+/// A VMM that was started.
+#[derive(Debug)]
+pub(crate) struct Spawned {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    pub lease: Lease,
+    /// When its process began, and when its jail was complete (CLOCK_MONOTONIC, ns).
+    pub begun_ns: u64,
+    pub jailed_ns: u64,
+}
+
 /// What a guest's jail is made of, kept with its record for the daemon that adopts it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct JailRecord {
@@ -177,7 +188,7 @@ impl Launcher {
     ///
     /// # Errors
     /// [`JailError`] with the step that failed; nothing of the jail is left then.
-    pub(crate) fn spawn(&self, launch: Launch) -> Result<(i32, OwnedFd, Lease), JailError> {
+    pub(crate) fn spawn(&self, launch: Launch) -> Result<Spawned, JailError> {
         let inner = &*self.0;
         if inner.jailer.mode() == Mode::Off || weak_filter(inner.seccomp).is_some() {
             let (jail, seccomp) = (inner.jailer.mode() != Mode::Off, inner.seccomp);
@@ -194,6 +205,8 @@ impl Launcher {
             pidfd,
             leaf,
             degradations,
+            begun_ns,
+            jailed_ns,
         } = jail;
         self.tell(&degradations);
         let parent = inner.jailer.cgroup().map(|parent| parent.path().to_owned());
@@ -207,7 +220,13 @@ impl Launcher {
             leaf,
             record,
         };
-        Ok((pid, pidfd, lease))
+        Ok(Spawned {
+            pid,
+            pidfd,
+            lease,
+            begun_ns,
+            jailed_ns,
+        })
     }
 
     fn jail(&self, launch: &Launch, ids: Option<Ids>) -> Result<Jail, JailError> {

@@ -1,7 +1,7 @@
 //! When each step of a start came to pass.
 
 use serde::{Deserialize, Serialize};
-use shoal_vmm::protocol::{Step, mark};
+use shoal_vmm::protocol::Step;
 
 /// CLOCK_MONOTONIC (ns): what every stamp is taken from, in the host and in the VMM.
 pub fn now_ns() -> u64 {
@@ -36,7 +36,7 @@ impl Stamps {
 
     /// Adds a VMM's stamp.
     pub fn vmm(&mut self, step: Step, at_ns: u64) {
-        self.add(&name(step), at_ns);
+        self.add(&step.to_string(), at_ns);
     }
 
     /// The steps in the order of their time, in ms since the first one.
@@ -49,27 +49,6 @@ impl Stamps {
             .collect();
         steps.sort_by(|a, b| a.1.total_cmp(&b.1));
         steps
-    }
-}
-
-fn name(step: Step) -> String {
-    match step {
-        Step::ProcessStarted => "vmm-main".into(),
-        Step::ConfigReceived => "config-received".into(),
-        Step::MemoryMapped => "memory-mapped".into(),
-        Step::VmCreated => "vm-created".into(),
-        Step::VcpusCreated => "vcpus-created".into(),
-        Step::DevicesCreated => "devices-created".into(),
-        Step::BootConfigured => "boot-configured".into(),
-        Step::FirstInstruction => "first-instruction".into(),
-        Step::FirstOutput => "first-output".into(),
-        Step::ConsoleProbed => "console-probed".into(),
-        Step::DeviceProbed(device) => format!("device-probed-{device}"),
-        Step::DriverOk(device) => format!("driver-ok-{device}"),
-        Step::Mark(mark::INIT) => "init".into(),
-        Step::Mark(mark::WORKLOAD) => "workload".into(),
-        Step::Mark(mark::WORKLOAD_ENDED) => "workload-ended".into(),
-        Step::Mark(n) => format!("mark-{n}"),
     }
 }
 

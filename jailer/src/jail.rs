@@ -18,6 +18,10 @@ pub struct Jail {
     pub leaf: Option<Leaf>,
     /// What this jail lacks beyond what [`Jailer::degradations`] tells.
     pub degradations: Vec<Degradation>,
+    /// When its process began (CLOCK_MONOTONIC, ns).
+    pub begun_ns: u64,
+    /// When the jail was complete: the program is executed next (CLOCK_MONOTONIC, ns).
+    pub jailed_ns: u64,
 }
 
 impl Jail {

@@ -180,13 +180,12 @@ impl Jailer {
             &argv,
             leaf.as_ref().and_then(RemovedOnFailure::get),
         );
-        let (pid, pidfd, skipped) = started?;
-        degradations.extend(skipped);
+        let mut jail = started?;
+        degradations.append(&mut jail.degradations);
         Ok(Jail {
-            pid,
-            pidfd,
             leaf: leaf.and_then(RemovedOnFailure::keep),
             degradations,
+            ..jail
         })
     }
 
@@ -199,7 +198,7 @@ impl Jailer {
         Ok(())
     }
 
-    /// Clones, and reads the report.
+    /// Clones, and reads the report. The jail does not own its leaf yet.
     fn start(
         &self,
         program: &Executable,
@@ -207,7 +206,7 @@ impl Jailer {
         handed: &mut [Placed],
         argv: &Argv,
         leaf: Option<&Leaf>,
-    ) -> Result<(i32, OwnedFd, Vec<Degradation>), JailError> {
+    ) -> Result<Jail, JailError> {
         let system = |attempt| {
             move |source| JailError::System {
                 attempt,
@@ -279,7 +278,14 @@ impl Jailer {
         // SAFETY: clone3 made this descriptor for us alone.
         let pidfd = (pidfd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(pidfd) });
         let (pid, pidfd) = self.outcome(spec.id, pid, pidfd, &report)?;
-        Ok((pid, pidfd, skipped(report.skipped.load(SeqCst))))
+        Ok(Jail {
+            pid,
+            pidfd,
+            leaf: None,
+            degradations: skipped(report.skipped.load(SeqCst)),
+            begun_ns: report.begun_ns.load(SeqCst),
+            jailed_ns: report.jailed_ns.load(SeqCst),
+        })
     }
 
     /// Learns from the report what became of the child, and waits for processes that are not the jail's.

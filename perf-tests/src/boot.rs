@@ -245,14 +245,14 @@ pub fn stages(started: &[Started]) -> Vec<Stage> {
         .map(|step| {
             let samples: Vec<f64> = started.iter().filter_map(|s| since_start(s, step)).collect();
             Stage {
-                step: format!("{step:?}"),
+                step: step.to_string(),
                 at_ms: median(&samples),
             }
         })
         .collect();
     let ends: Vec<f64> = started.iter().map(|s| ms(s.elapsed)).collect();
     stages.push(Stage {
-        step: "OutputRead".into(),
+        step: "output-read".into(),
         at_ms: median(&ends),
     });
     stages.sort_by(|a, b| a.at_ms.total_cmp(&b.at_ms));
@@ -261,7 +261,7 @@ pub fn stages(started: &[Started]) -> Vec<Stage> {
 
 /// Prints stages as a table.
 pub fn print_stages(stages: &[Stage]) {
-    println!("from process start on (medians):");
+    println!("when each step was reached (medians):");
     let mut before = 0.0;
     for s in stages {
         println!("  {:<22} {:8.3} ms  +{:.3}", s.step, s.at_ms, s.at_ms - before);

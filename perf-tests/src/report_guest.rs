@@ -70,27 +70,12 @@ pub fn probe_boot(boot: &ProbeBoot) -> Part {
 
 /// A boot's pieces, each named after the step that ends it, in words.
 fn stacked(title: &str, stages: &[Stage]) -> Plot {
-    let pieces: Vec<(String, f64)> = durations(stages).iter().map(|&(n, d)| (words(n), d)).collect();
+    let pieces: Vec<(String, f64)> = durations(stages)
+        .iter()
+        .map(|&(n, d)| (n.replace('-', " "), d))
+        .collect();
     let pieces: Vec<(&str, f64)> = pieces.iter().map(|(n, d)| (n.as_str(), *d)).collect();
     plot::timeline(&format!("{title} (pieces are named after their end)"), &pieces)
-}
-
-/// `FirstInstruction` as `first instruction`; what has no capital letters stays. Marks are those of Shoal's init
-/// (`shoal_vmm::protocol::mark`).
-fn words(step: &str) -> String {
-    match step {
-        "Mark(1)" => return "init".into(),
-        "Mark(2)" => return "workload".into(),
-        _ => {}
-    }
-    let mut words = String::new();
-    for c in step.chars() {
-        if c.is_uppercase() && !words.is_empty() {
-            words.push(' ');
-        }
-        words.extend(c.to_lowercase());
-    }
-    words
 }
 
 /// Boots of Linux.
@@ -104,8 +89,8 @@ pub fn linux_boot(boot: &LinuxBoot) -> Part {
     let plots = vec![("timeline", stacked("What a boot is made of", &boot.stages))];
     (
         match boot.guest.as_str() {
-            "" => "A Linux guest: from process start to the first line of init".into(),
-            guest => format!("{guest}: from process start to the first line of init"),
+            "" => "A Linux guest: to the first line of init".into(),
+            guest => format!("{guest}: to the first line of init"),
         },
         html,
         plots,
@@ -205,18 +190,4 @@ pub fn density_run(d: &Density) -> Part {
         ),
     ];
     ("Density".into(), html, plots)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_are_readable() {
-        assert_eq!(words("FirstInstruction"), "first instruction");
-        assert_eq!(
-            (words("Mark(1)").as_str(), words("Mark(7)").as_str()),
-            ("init", "mark(7)")
-        );
-    }
 }

@@ -14,7 +14,7 @@ use crate::arch::x86_64::layout::{
     ACPI_RESET, ACPI_RESET_VALUE, ACPI_S5, ACPI_SLEEP_CONTROL, ACPI_SLEEP_STATUS, I8042_COMMAND, I8042_DATA,
     MARK_PORT, SERIAL_PORT, VIRTIO_MMIO, VIRTIO_MMIO_STRIDE,
 };
-use crate::protocol::{ExitReason, Step};
+use crate::protocol::{ExitReason, Step, mark};
 use crate::shared::Shared;
 
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -71,6 +71,10 @@ impl Bus {
             (SERIAL_PORT..=0x3ff, [value]) => {
                 self.once(&self.serial_probed, Step::ConsoleProbed);
                 lock(&self.serial).write((port - SERIAL_PORT) as u8, *value);
+            }
+            (MARK_PORT, [mark @ mark::KERNEL_BEGUN..=mark::ROOT_MOUNTED]) => {
+                // The host is told with the next step, as by `once`.
+                self.shared.stamp(Step::Mark(*mark));
             }
             (MARK_PORT, [mark]) => self.shared.stamp_and_tell(Step::Mark(*mark)),
             (I8042_DATA | I8042_COMMAND, [value]) => {

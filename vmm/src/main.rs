@@ -1,7 +1,7 @@
 //! `shoal-vmm`: one process, one guest. Started by the host, which talks to it over an inherited socket.
 
 // The usual start of a Rust program asks for the stack's bounds in /proc/self/maps and gives each thread a second stack
-// for a handler of stack overflows, which this process does without: 22 of its 120 system calls before the guest runs.
+// for a handler of stack overflows, which this process does without: a quarter of its system calls before the guest runs.
 #![cfg_attr(not(test), no_main)]
 
 use std::os::fd::{FromRawFd, OwnedFd};

@@ -174,6 +174,35 @@ pub enum Step {
     Mark(u8),
 }
 
+/// The names that people see in timelines.
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match self {
+            Self::ProcessStarted => "vmm-main",
+            Self::ConfigReceived => "config-received",
+            Self::VmCreated => "vm-created",
+            Self::VcpusCreated => "vcpus-created",
+            Self::MemoryMapped => "memory-mapped",
+            Self::DevicesCreated => "devices-created",
+            Self::BootConfigured => "boot-configured",
+            Self::FirstInstruction => "first-instruction",
+            Self::FirstOutput => "first-output",
+            Self::ConsoleProbed => "console-probed",
+            Self::DeviceProbed(device) => return write!(f, "device-probed-{device}"),
+            Self::DriverOk(device) => return write!(f, "driver-ok-{device}"),
+            Self::Mark(mark::INIT) => "init",
+            Self::Mark(mark::WORKLOAD) => "workload",
+            Self::Mark(mark::WORKLOAD_ENDED) => "workload-ended",
+            Self::Mark(mark::KERNEL_BEGUN) => "kernel-begun",
+            Self::Mark(mark::CONSOLE_READY) => "console-ready",
+            Self::Mark(mark::DEVICES_PROBED) => "devices-probed",
+            Self::Mark(mark::ROOT_MOUNTED) => "root-mounted",
+            Self::Mark(n) => return write!(f, "mark-{n}"),
+        };
+        f.write_str(name)
+    }
+}
+
 /// Marks that Shoal's own guests write to the mark port.
 pub mod mark {
     /// PID 1 has begun.
@@ -182,6 +211,14 @@ pub mod mark {
     pub const WORKLOAD: u8 = 2;
     /// The workload has ended.
     pub const WORKLOAD_ENDED: u8 = 3;
+    /// The kernel's C code has begun. This mark and the next three come from Shoal's own kernel.
+    pub const KERNEL_BEGUN: u8 = 16;
+    /// The kernel has set its console up.
+    pub const CONSOLE_READY: u8 = 17;
+    /// The kernel's drivers have looked for their devices.
+    pub const DEVICES_PROBED: u8 = 18;
+    /// The root file system is mounted.
+    pub const ROOT_MOUNTED: u8 = 19;
 }
 
 /// A step and its time.

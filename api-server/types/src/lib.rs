@@ -475,7 +475,7 @@ pub struct GuestVsock {
 /// A step of a start.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct TimelineStep {
-    /// Which step.
+    /// Which step; api-server/README.md lists them.
     #[schema(example = "first-instruction")]
     pub step: String,
     /// When it was done (ms since the daemon got the request).

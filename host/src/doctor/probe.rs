@@ -151,8 +151,8 @@ async fn guest(launcher: &Launcher, kernel: &LoadedKernel, cmdline: &str) -> Res
         vcpus: 1,
         largest_file: 0,
     };
-    let (pid, pidfd, lease) = launcher.spawn(launch).map_err(HostError::Jail)?;
-    let mut process = Process::of_child(pid, pidfd, lease).map_err(io("watching the VMM"))?;
+    let vmm = launcher.spawn(launch).map_err(HostError::Jail)?;
+    let mut process = Process::of_child(vmm.pid, vmm.pidfd, vmm.lease).map_err(io("watching the VMM"))?;
     let link = Link::new(ours).map_err(io("preparing the control connection"))?;
 
     let fds: Vec<OwnedFd> = vec![open_kvm()?.into(), clone(&console)?.into()];
