@@ -92,6 +92,8 @@ const CHANGES: [Change; 10] = [
 ];
 /// Begins the names of the directories that are built in.
 const WORK_PREFIX: &str = ".kernel-build-";
+/// The file in such a directory that is locked as long as something is built there.
+const IN_USE: &str = "lock";
 /// How much of a failed command's output an error shows, in bytes.
 const TAIL: usize = 800;
 
@@ -145,7 +147,8 @@ pub fn build(
     progress: &mut dyn Progress,
 ) -> Result<Kernel, ImageError> {
     std::fs::create_dir_all(cache).map_err(ImageError::file("create", cache))?;
-    let directory = cache.join(format!("kernel-{}", key(flavour, source, cache)?));
+    let name = format!("kernel-{}", key(flavour, source, cache)?);
+    let directory = cache.join(&name);
     let cached = || {
         directory.is_dir().then(|| Kernel {
             directory: directory.clone(),
@@ -155,20 +158,14 @@ pub fn build(
     if let Some(kernel) = cached() {
         return Ok(kernel);
     }
-    let lock_path = cache.join("kernel.lock");
-    let lock = File::create(&lock_path).map_err(ImageError::file("create", &lock_path))?;
-    // Two at once: the second waits and finds the first one's result.
-    lock.lock().map_err(ImageError::file("lock", &lock_path))?;
+    // Two of the same at once: the second waits and finds the first one's result.
+    let _building = locked(&cache.join(format!("{name}.lock")))?;
     if let Some(kernel) = cached() {
         return Ok(kernel);
     }
-    remove_leftovers(cache)?;
-    let work = tempfile::Builder::new()
-        .prefix(WORK_PREFIX)
-        .tempdir_in(cache)
-        .map_err(ImageError::file("make a directory in", cache))?;
+    let (work, _in_use) = work_directory(cache)?;
     let tree = work.path().join("linux");
-    let log = cache.join("kernel-build.log");
+    let log = cache.join(format!("{name}.log"));
     let mut build = Build {
         flavour,
         tree,
@@ -187,17 +184,38 @@ pub fn build(
     })
 }
 
-/// Removes the gigabyte that a killed build left; the caller holds the lock, so nobody builds there.
+/// A lock that lasts as long as what is returned, at most as long as this process.
+fn locked(path: &Path) -> Result<File, ImageError> {
+    let lock = File::create(path).map_err(ImageError::file("create", path))?;
+    lock.lock().map_err(ImageError::file("lock", path))?;
+    Ok(lock)
+}
+
+/// A directory to build in, and the lock that says so to other builds.
+fn work_directory(cache: &Path) -> Result<(tempfile::TempDir, File), ImageError> {
+    let _alone = locked(&cache.join("kernel.lock"))?;
+    remove_leftovers(cache)?;
+    let work = tempfile::Builder::new()
+        .prefix(WORK_PREFIX)
+        .tempdir_in(cache)
+        .map_err(ImageError::file("make a directory in", cache))?;
+    let in_use = locked(&work.path().join(IN_USE))?;
+    Ok((work, in_use))
+}
+
+/// Removes the gigabyte that a killed build left, but nothing that is built in; the caller sees to it that no directory
+/// is being made meanwhile.
 fn remove_leftovers(cache: &Path) -> Result<(), ImageError> {
     for entry in std::fs::read_dir(cache)
         .map_err(ImageError::file("read", cache))?
         .flatten()
     {
-        if entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(WORK_PREFIX.as_bytes())
-        {
+        let name = entry.file_name();
+        let abandoned = || match File::open(entry.path().join(IN_USE)) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            Err(e) => e.kind() == std::io::ErrorKind::NotFound,
+        };
+        if name.as_encoded_bytes().starts_with(WORK_PREFIX.as_bytes()) && abandoned() {
             std::fs::remove_dir_all(entry.path()).map_err(ImageError::file("remove", &entry.path()))?;
         }
     }
@@ -504,6 +522,14 @@ mod tests {
         for name in [".kernel-build-abc/linux", "kernel-0123456789abcdef"] {
             std::fs::create_dir_all(cache.path().join(name)).unwrap();
         }
+        File::create(cache.path().join(".kernel-build-abc").join(IN_USE)).unwrap();
+        std::fs::create_dir(cache.path().join(".kernel-build-no-lock")).unwrap();
+        let used = work_directory(cache.path()).unwrap();
+        let (other, _) = work_directory(cache.path()).unwrap();
+        assert!(used.0.path().is_dir());
+        drop(other);
+        std::fs::remove_file(cache.path().join("kernel.lock")).unwrap();
+        drop(used);
         remove_leftovers(cache.path()).unwrap();
         let left: Vec<_> = std::fs::read_dir(cache.path())
             .unwrap()
