@@ -1,5 +1,5 @@
-//! What Shoal's own programs cost the host: instructions (time in the lab) and system calls of a VMM's start and of each
-//! call of the API.
+//! What Shoal's own programs cost the host: instructions (time in the lab) and system calls of a VMM's start, of each call
+//! of the API and of the devices' operations.
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -9,14 +9,16 @@ use crate::boot::{bar, ms, probe_guest};
 use crate::counter::Counter;
 use crate::daemon::Daemon;
 use crate::driver::{Way, launch, sibling};
+use crate::io;
 use crate::results::{MAX_SUBJECTS, Measured, count, figure, text};
 use crate::signal::interrupted;
 use crate::stats::median;
 
 /// What [`here`] measures.
-pub const HERE: &str = "the host's side of a start and of API calls, on this machine";
+pub const HERE: &str = "the host's side of a start, of API calls and of devices, on this machine";
 /// What [`lab`] measures.
-pub const LAB: &str = "the host's side of a start and of API calls in the lab, time counted in instructions";
+pub const LAB: &str =
+    "the host's side of a start, of API calls and of devices in the lab, time counted in instructions";
 
 /// What is measured of each, after one that is not.
 const ROUNDS: u32 = 7;
@@ -38,6 +40,9 @@ pub struct Cost {
     /// System calls of the program and of what it starts; none where they cannot be counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system_calls: Option<u64>,
+    /// Exits of the vCPU, of a device's operations; none where this machine's KVM does not count them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exits: Option<u64>,
 }
 
 impl Costs {
@@ -47,7 +52,8 @@ impl Costs {
         self.costs.iter().try_for_each(|c| {
             text("a cost", &c.name)?;
             figure("a cost", c.us)?;
-            figure("system calls", c.system_calls.unwrap_or(0) as f64)
+            figure("system calls", c.system_calls.unwrap_or(0) as f64)?;
+            figure("exits", c.exits.unwrap_or(0) as f64)
         })
     }
 }
@@ -59,6 +65,7 @@ pub fn here() -> Result<Costs> {
     }
     let mut costs = vec![start()?];
     costs.extend(calls()?);
+    costs.extend(io::costs::devices()?);
     Ok(Costs { costs })
 }
 
@@ -83,6 +90,7 @@ fn cost(name: &str, us: &[f64], calls: &[f64]) -> Cost {
         name: name.into(),
         us: median(us),
         system_calls: (!calls.is_empty()).then(|| median(calls) as u64),
+        exits: None,
     }
 }
 
@@ -133,10 +141,22 @@ pub fn lab() -> Result<Costs> {
 
 /// Prints the result as a table.
 pub fn print(costs: &Costs) {
-    println!("what the host pays (medians):{:>14}  system calls", "µs");
+    println!(
+        "{:<72} {:>12} {:>13} {:>7}",
+        "what the host pays (medians; of devices their threads' processor time):",
+        "µs",
+        "system calls",
+        "exits"
+    );
     for c in &costs.costs {
-        let calls = c.system_calls.map_or("not counted".into(), |n| n.to_string());
-        println!("  {:<28} {:12.1} {calls:>13}", c.name, c.us);
+        let counted = |n: Option<u64>| n.map_or("-".into(), |n| n.to_string());
+        println!(
+            "  {:<70} {:12.1} {:>13} {:>7}",
+            c.name,
+            c.us,
+            counted(c.system_calls),
+            counted(c.exits)
+        );
     }
 }
 
@@ -155,12 +175,17 @@ pub fn grown(before: &[Cost], now: &[Cost], tolerance_percent: f64) -> Result<Ve
         if too_much(b.us, n.us) {
             all.push(format!("{}: {:.1} µs, was {:.1}", b.name, n.us, b.us));
         }
-        match (b.system_calls, n.system_calls) {
-            (Some(before), Some(now)) if too_much(before as f64, now as f64) => {
-                all.push(format!("{}: {now} system calls, was {before}", b.name));
+        for (what, before, now) in [
+            ("system calls", b.system_calls, n.system_calls),
+            ("exits", b.exits, n.exits),
+        ] {
+            match (before, now) {
+                (Some(before), Some(now)) if too_much(before as f64, now as f64) => {
+                    all.push(format!("{}: {now} {what}, was {before}", b.name));
+                }
+                (Some(_), None) => bail!("{}: {what} could not be counted", b.name),
+                _ => {}
             }
-            (Some(_), None) => bail!("system calls could not be counted: the reason is above"),
-            _ => {}
         }
     }
     Ok(all)
@@ -175,6 +200,7 @@ mod tests {
             name: name.into(),
             us,
             system_calls,
+            exits: system_calls.map(|n| n / 10),
         }
     }
 

@@ -124,15 +124,17 @@ pub fn jail(cost: &JailCost) -> Part {
 
 /// What the host pays.
 pub fn costs(costs: &Costs) -> Part {
-    let mut html = "<table><tr><th><th class=n>µs<th class=n>system calls</tr>\n".to_owned();
+    let mut html = "<table><tr><th><th class=n>µs<th class=n>system calls<th class=n>exits</tr>\n".to_owned();
     for c in &costs.costs {
-        let calls = c.system_calls.map_or("not counted".into(), |n| n.to_string());
+        let counted = |n: Option<u64>| n.map_or("–".into(), |n| n.to_string());
         line(
             &mut html,
             &format!(
-                "<tr><td>{}<td class=n>{}<td class=n>{calls}</tr>",
+                "<tr><td>{}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
                 escape(&c.name),
-                short(c.us)
+                short(c.us),
+                counted(c.system_calls),
+                counted(c.exits)
             ),
         );
     }

@@ -125,22 +125,9 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
         _ => &args.patterns[..],
     };
     let parts = patterns.iter().map(|access| {
-        let mut all = vec![
-            ours(
-                "shoal, sync",
-                &starter,
-                EngineKind::Sync,
-                Limits::default(),
-                &disk,
-            ),
-            ours(
-                "shoal, io_uring",
-                &starter,
-                EngineKind::IoUring,
-                Limits::default(),
-                &disk,
-            ),
-        ];
+        let mut all: Vec<_> = [EngineKind::Sync, EngineKind::IoUring]
+            .map(|engine| ours(&starter, engine, Limits::default(), &disk))
+            .into();
         all.extend(
             qemus
                 .iter()
@@ -179,22 +166,17 @@ pub(super) fn random_reads() -> Pattern {
     Access::RandRead.pattern(&BlockArgs::all(&[]))
 }
 
-/// The default engine, limited.
-pub(super) fn limited<'a>(
-    starter: &'a shoal::Starter,
-    disk: &'a NamedTempFile,
-    limits: Limits,
-) -> Contender<'a> {
-    ours("shoal", starter, EngineKind::default(), limits, disk)
-}
-
-fn ours<'a>(
-    name: &str,
+/// Shoal's, with one of its engines.
+pub(super) fn ours<'a>(
     starter: &'a shoal::Starter,
     engine: EngineKind,
     limits: Limits,
     disk: &'a NamedTempFile,
 ) -> Contender<'a> {
+    let name = match engine {
+        EngineKind::Sync => "shoal, sync",
+        EngineKind::IoUring => "shoal, io_uring",
+    };
     Contender::new(name, "", move |words| {
         let file = File::options().read(true).write(true).open(disk.path())?;
         let spec = AnyDeviceSpec::Block(BlockSpec {

@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use shoal_devices::limit::{Limits, Rate};
+use shoal_devices::virtio::block::EngineKind;
 
 use super::watch::Watch;
 use super::{Contender, Pattern, block, net, shoal, sys, vsock};
@@ -175,7 +176,7 @@ pub fn measure(args: &LimitsArgs) -> Result<LimitResult> {
             what,
             per_second,
             pattern: block::random_reads(),
-            contender: block::limited(&starter, &disk, limits(what, per_second)),
+            contender: block::ours(&starter, EngineKind::default(), limits(what, per_second), &disk),
         });
     }
     for (what, per_second) in [(What::Bytes, 10_000_000), (What::Bytes, 100_000_000)] {

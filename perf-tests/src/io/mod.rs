@@ -1,6 +1,7 @@
 //! I/O of a guest: the probe guest drives a device as fast as it can, in Shoal and in what is compared with it, in turns.
 
 pub mod block;
+pub mod costs;
 pub mod limits;
 mod lines;
 pub mod net;
