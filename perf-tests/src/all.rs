@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::peers::PeerArg;
 use crate::results::{Measured, ResultFile};
 use crate::signal::interrupted;
-use crate::{api, boot, churn, costs, density, io, jail, linux, report};
+use crate::{api, boot, churn, costs, density, io, jail, linux, report, served};
 
 /// What `all` runs, and where its results go.
 #[derive(clap::Args)]
@@ -125,6 +125,11 @@ const BENCHES: &[Bench] = &[
                 Measured::BootLinux(linux::lab(&Ours::Image.resolve()?, 3)?),
             ))
         },
+    },
+    Bench {
+        name: "boot-lab-daemon",
+        needs: &[Need::Lab, Need::Guest(Ours::Image)],
+        run: |_| Ok((served::LAB, Measured::BootLinux(served::lab(3)?))),
     },
     Bench {
         name: "boot-here-image",

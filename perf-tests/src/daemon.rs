@@ -276,7 +276,20 @@ impl Client {
         Ok((elapsed, serde_json::from_slice(&answer).unwrap_or(Value::Null)))
     }
 
-    fn answer(&mut self) -> Result<(u16, Vec<u8>)> {
+    /// Begins to read what comes without an end, as a console does.
+    pub fn stream(mut self, path: &str) -> Result<Chunked> {
+        let request = format!("GET {path} HTTP/1.1\r\nhost: shoal\r\n\r\n");
+        self.stream.get_mut().write_all(request.as_bytes())?;
+        let (status, _) = self.head().with_context(|| format!("the answer to GET {path}"))?;
+        ensure!(status == 200, "GET {path} was answered with {status}");
+        Ok(Chunked {
+            client: self,
+            left: 0,
+        })
+    }
+
+    /// The status and the length of an answer; none is 0.
+    fn head(&mut self) -> Result<(u16, u64)> {
         let first = self.line()?;
         let status = first.split(' ').nth(1).and_then(|s| s.parse().ok());
         let status = status.with_context(|| format!("no HTTP status in {first:?}"))?;
@@ -284,7 +297,7 @@ impl Client {
         loop {
             let line = self.line()?;
             if line.is_empty() {
-                break;
+                return Ok((status, length));
             }
             if let Some((name, value)) = line.split_once(':')
                 && name.eq_ignore_ascii_case("content-length")
@@ -295,6 +308,10 @@ impl Client {
                     .with_context(|| format!("the header {line:?}"))?;
             }
         }
+    }
+
+    fn answer(&mut self) -> Result<(u16, Vec<u8>)> {
+        let (status, length) = self.head()?;
         ensure!(length <= MAX_ANSWER, "an answer of {length} bytes");
         let mut body = vec![0; length as usize];
         self.stream.read_exact(&mut body)?;
@@ -309,18 +326,70 @@ impl Client {
     }
 }
 
+/// An answer that comes in chunks (RFC 9112, section 7.1).
+pub struct Chunked {
+    client: Client,
+    /// Bytes of the chunk that are still to come.
+    left: u64,
+}
+
+impl Read for Chunked {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        if self.left == 0 {
+            let line = self.client.line().map_err(std::io::Error::other)?;
+            self.left = u64::from_str_radix(&line, 16)
+                .map_err(|e| std::io::Error::other(format!("the length of a chunk {line:?}: {e}")))?;
+            if self.left == 0 {
+                return Ok(0);
+            }
+        }
+        let most = self.left.min(to.len() as u64) as usize;
+        let n = self.client.stream.read(&mut to[..most])?;
+        self.left -= n as u64;
+        if self.left == 0 {
+            self.client.line().map_err(std::io::Error::other)?;
+        }
+        Ok(n)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn client(answer: &'static [u8]) -> Result<(Duration, Value)> {
+    /// A client, and the other end, which has answered already.
+    fn answered(answer: &'static [u8]) -> (Client, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(answer).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut client = Client {
-            stream: BufReader::new(ours),
-        };
+        let stream = BufReader::new(ours);
+        (Client { stream }, theirs)
+    }
+
+    fn client(answer: &'static [u8]) -> Result<(Duration, Value)> {
+        let (mut client, _theirs) = answered(answer);
         client.call("GET", "/", None, 200)
+    }
+
+    #[test]
+    fn chunks_are_put_together_and_wrong_ones_told() {
+        let read = |answer| -> Result<String> {
+            let mut all = String::new();
+            let (client, _theirs) = answered(answer);
+            client.stream("/c")?.read_to_string(&mut all)?;
+            Ok(all)
+        };
+        let good =
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\nA\r\n0123456789\r\n0\r\n\r\n";
+        assert_eq!(read(good).unwrap(), "abc0123456789");
+        for (bad, why) in [
+            (&b"HTTP/1.1 404 Not Found\r\n\r\n"[..], "answered with 404"),
+            (b"HTTP/1.1 200 OK\r\n\r\nxyz\r\nabc", "\"xyz\""),
+            (b"HTTP/1.1 200 OK\r\n\r\n3\r\nabc\r\n", "closed the connection"),
+        ] {
+            let told = format!("{:#}", read(bad).unwrap_err());
+            assert!(told.contains(why), "{why}: {told}");
+        }
     }
 
     #[test]

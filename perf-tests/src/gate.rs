@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::costs::{self, Cost};
 use crate::linux::{self, Ours};
 use crate::results::{LinuxBoot, Stage};
+use crate::served;
 
 /// The form of a baseline file.
 const SCHEMA: u32 = 1;
@@ -49,6 +50,9 @@ enum Figure {
     /// The result of `shoal-perf boot --lab --image`.
     #[serde(rename = "boot --lab --image")]
     BootLabImage,
+    /// The result of `shoal-perf boot --lab --daemon`.
+    #[serde(rename = "boot --lab --daemon")]
+    BootLabDaemon,
     /// The result of `shoal-perf costs --lab`.
     #[serde(rename = "costs --lab")]
     CostsLab,
@@ -173,6 +177,7 @@ pub fn check(paths: &[PathBuf], update: bool) -> Result<()> {
         let now = match baseline.figure {
             Figure::BootLab => linux::lab(&Ours::Reference.resolve()?, RUNS)?,
             Figure::BootLabImage => linux::lab(&Ours::Image.resolve()?, RUNS)?,
+            Figure::BootLabDaemon => served::lab(RUNS)?,
             Figure::CostsLab => {
                 regressions.extend(check_costs(path, baseline, update)?);
                 continue;

@@ -11,7 +11,6 @@ use crate::boot::{ms, print_stages, stages};
 use crate::driver::{Guest, Way, sibling, start_vmm};
 use crate::results::{LinuxBoot, Measured};
 use crate::signal::interrupted;
-use crate::stats::{median, quantile};
 
 /// What [`here`] measures.
 pub const HERE: &str = "Linux guest on /dev/kvm";
@@ -25,7 +24,7 @@ const REFERENCE_MARKER: &str = "GUEST-UP";
 /// What Shoal's own image needs: no driver of it waits for hardware that is not there.
 const IMAGE_CMDLINE: &str = "console=ttyS0 quiet reboot=k panic=-1";
 /// What its process 1 writes when the guest is ready.
-const IMAGE_MARKER: &str = "shoal-init: ready";
+pub const IMAGE_MARKER: &str = "shoal-init: ready";
 const REFERENCE_MEMORY_MIB: u64 = 128;
 
 /// What a Linux guest is booted from, and how its boot is seen to be done.
@@ -178,23 +177,12 @@ pub fn here(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
         eprintln!("{}", last.output);
     }
     let samples: Vec<f64> = all.iter().map(|s| ms(s.elapsed)).collect();
-    let (min, max) = (quantile(&samples, 0.0), quantile(&samples, 1.0));
-    Ok(LinuxBoot {
-        guest: linux.what.clone(),
-        runs: samples.len() as u32,
-        init_ms: median(&samples),
-        spread_percent: (max - min) / median(&samples) * 100.0,
-        stages: stages(&all),
-        samples_ms: samples,
-    })
+    Ok(LinuxBoot::new(linux.what.clone(), samples, stages(&all)))
 }
 
 /// Prints a boot as a table.
 pub fn print(method: &str, boot: &LinuxBoot) {
-    println!(
-        "{method}: VMM process start to the first line of init, {}",
-        boot.guest
-    );
+    println!("{method}: to the first line of init, {}", boot.guest);
     println!(
         "  median of {} starts  {:.2} ms (spread {:.2} %)",
         boot.runs, boot.init_ms, boot.spread_percent

@@ -30,6 +30,7 @@ mod plot;
 mod png;
 mod report;
 mod results;
+mod served;
 #[allow(unsafe_code)]
 mod signal;
 mod stats;
@@ -111,6 +112,9 @@ struct BootArgs {
     /// Measured starts [default: 40 with --probe, 3 otherwise]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     runs: Option<u32>,
+    /// With --lab and --here: Shoal's image on a disk, started by a daemon, from the request on
+    #[arg(long, conflicts_with_all = ["probe", "image", "kernel", "initrd", "cmdline", "marker", "pages", "console"])]
+    daemon: bool,
     #[command(flatten)]
     out: OutArgs,
     #[command(flatten)]
@@ -280,6 +284,12 @@ fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
     let (method, measured) = if args.probe {
         let boot = boot::probe(args.runs.unwrap_or(40), &args.beside)?;
         (boot::PROBE, Measured::BootProbe(boot))
+    } else if args.daemon {
+        let runs = args.runs.unwrap_or(3);
+        match args.lab {
+            true => (served::LAB, Measured::BootLinux(served::lab(runs)?)),
+            false => (served::HERE, Measured::BootLinux(served::here(runs)?)),
+        }
     } else {
         let linux = args.linux.resolve()?;
         let runs = args.runs.unwrap_or(3);

@@ -93,7 +93,7 @@ pub struct ResultFile {
 pub enum Measured {
     /// `boot --probe`.
     BootProbe(ProbeBoot),
-    /// `boot --lab`, `boot --here`.
+    /// `boot --lab`, `boot --here`, also with `--daemon`.
     BootLinux(LinuxBoot),
     /// `density --probe`.
     Density(Density),
@@ -185,13 +185,13 @@ pub struct LinuxBoot {
     pub guest: String,
     /// Boots that counted.
     pub runs: u32,
-    /// VMM process start to the first line of the guest's init: median.
+    /// VMM process start (of a daemon: the request) to the first line of the guest's init: median.
     pub init_ms: f64,
     /// Largest minus smallest sample, as a share of the median (percent).
     pub spread_percent: f64,
     /// All samples.
     pub samples_ms: Vec<f64>,
-    /// When each step was reached, from process start on (medians).
+    /// When each step was reached, from the same moment on (medians).
     pub stages: Vec<Stage>,
 }
 
@@ -443,6 +443,19 @@ impl ProbeBoot {
 }
 
 impl LinuxBoot {
+    /// Of some boots, at least one.
+    pub fn new(guest: String, samples_ms: Vec<f64>, stages: Vec<Stage>) -> Self {
+        let (min, max) = (quantile(&samples_ms, 0.0), quantile(&samples_ms, 1.0));
+        Self {
+            guest,
+            runs: samples_ms.len() as u32,
+            init_ms: median(&samples_ms),
+            spread_percent: (max - min) / median(&samples_ms) * 100.0,
+            samples_ms,
+            stages,
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         text("guest", &self.guest)?;
         figure("init_ms", self.init_ms)?;
