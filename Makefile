@@ -59,6 +59,7 @@ fuzz: deps
 ## bench         every benchmark that this machine can run, QEMU beside, and their page: build/bench/report.html
 .PHONY: bench
 bench: build
+	@scripts/deps.sh --bench
 	@scripts/images.sh --reference
 	@$(BIN)/shoal-perf all --out build/bench --label "$$(git rev-parse --short HEAD 2>/dev/null)" \
 	    --history perf-tests/results

@@ -4,6 +4,7 @@
 #   scripts/deps.sh           install what is missing with apt when run as root; else print the one line to type
 #   scripts/deps.sh --check   change nothing: print what is missing, exit 1 when something is
 #   scripts/deps.sh --lint    as the first, and rustfmt and clippy must be there too
+#   scripts/deps.sh --bench   as the first, and what `make bench` puts into its Linux guests: fio, iperf3
 #
 # Everything is looked for by the file or command that is used, not by the package's name, so a machine that has a
 # tool from elsewhere is not asked for the package. When all is there this takes a few milliseconds.
@@ -12,11 +13,13 @@ set -eu
 RUST_WANTED=1.95
 check_only=false
 lint=false
+bench=false
 for argument in "$@"; do
     case $argument in
         --check) check_only=true ;;
         --lint) lint=true ;;
-        *) echo "deps.sh: unknown argument '$argument' (known: --check, --lint)" >&2; exit 2 ;;
+        --bench) bench=true ;;
+        *) echo "deps.sh: unknown argument '$argument' (known: --check, --lint, --bench)" >&2; exit 2 ;;
     esac
 done
 
@@ -47,6 +50,10 @@ if [ ! -x /bin/busybox ] || head -c 4096 /bin/busybox | grep -q ld-linux; then m
 need_command qemu-system-x86 qemu-system-x86_64
 need_command iproute2 ip
 need_command kmod depmod
+if $bench; then
+    need_command fio fio
+    need_command iperf3 iperf3
+fi
 
 # Debian 12's qemu-system-x86 refuses to live beside a newer qemu-utils (from backports, for one): take both alike.
 pin_qemu_utils() {
