@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::boot::BesideArgs;
-use crate::driver::sibling;
+use crate::driver::{on_path, sibling};
 use crate::linux::Ours;
 use crate::machine::Machine;
 use crate::peers::PeerArg;
@@ -52,6 +52,8 @@ enum Need {
     Guest(Ours),
     /// A network namespace and a TAP in it.
     Network,
+    /// A program of this machine, which goes into a guest.
+    Program(&'static str),
 }
 
 impl Need {
@@ -77,15 +79,9 @@ impl Need {
             },
             Self::Guest(ours) => ours.resolve().err().map(|e| format!("{e:#}")),
             Self::Network => io::net::missing(),
+            Self::Program(name) => io::linux::missing(name),
         }
     }
-}
-
-fn on_path(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(program))
-        .find(|p| p.is_file())
 }
 
 /// A benchmark.
@@ -195,6 +191,22 @@ const BENCHES: &[Bench] = &[
                 io::METHOD,
                 Measured::Io(io::vsock::measure(&io::vsock::VsockArgs::all())?),
             ))
+        },
+    },
+    Bench {
+        name: "block-fio",
+        needs: &[Need::Lab, Need::Guest(Ours::Image), Need::Program("fio")],
+        run: |_| {
+            let args = io::block::BlockArgs::all_fio();
+            Ok((args.method(), Measured::Io(io::block::measure(&args)?)))
+        },
+    },
+    Bench {
+        name: "net-iperf3",
+        needs: &[Need::Lab, Need::Guest(Ours::Image), Need::Program("iperf3")],
+        run: |_| {
+            let args = io::net::NetArgs::all_iperf3();
+            Ok((args.method(), Measured::Io(io::net::measure(&args)?)))
         },
     },
     Bench {
@@ -332,5 +344,7 @@ mod tests {
         machine.kvm = "hardware (VMX)".into();
         assert!(Need::HardwareKvm.missing(&machine).is_none());
         assert!(on_path("no-such-program").is_none() && on_path("sh").is_some());
+        let why = Need::Program("no-such-program").missing(&machine).unwrap();
+        assert!(why.contains("deps.sh --bench"), "{why}");
     }
 }

@@ -44,6 +44,14 @@ pub fn sibling(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A program in a folder of PATH.
+pub fn on_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|p| p.is_file())
+}
+
 /// What is booted.
 pub struct Guest {
     /// Made once, mapped by every start.

@@ -244,9 +244,11 @@ fn main() -> anyhow::Result<()> {
     match command {
         Command::Boot(args) => measure_boot(args),
         Command::Density(args) => measure_density(&args),
-        Command::Block(args) => measure_io(|| io::block::measure(&args.block), &args.out),
-        Command::Net(args) => measure_io(|| io::net::measure(&args.net), &args.out),
-        Command::Vsock(args) => measure_io(|| io::vsock::measure(&args.vsock), &args.out),
+        Command::Block(args) => {
+            measure_io(args.block.method(), || io::block::measure(&args.block), &args.out)
+        }
+        Command::Net(args) => measure_io(args.net.method(), || io::net::measure(&args.net), &args.out),
+        Command::Vsock(args) => measure_io(io::METHOD, || io::vsock::measure(&args.vsock), &args.out),
         Command::Limits(args) => {
             let machine = Machine::here();
             let measured = Measured::Limits(io::limits::measure(&args.limits)?);
@@ -302,11 +304,12 @@ fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
 }
 
 fn measure_io(
+    method: &str,
     measure: impl FnOnce() -> anyhow::Result<io::results::IoResult>,
     out: &OutArgs,
 ) -> anyhow::Result<()> {
     let machine = Machine::here();
-    deliver(io::METHOD, machine, Measured::Io(measure()?), out)
+    deliver(method, machine, Measured::Io(measure()?), out)
 }
 
 fn measure_churn(args: &DensityArgs, rate: f64) -> anyhow::Result<()> {

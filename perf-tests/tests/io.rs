@@ -183,10 +183,120 @@ fn a_peer_that_is_missing_or_dies_is_left_out_and_the_rest_goes_on() {
     }
 }
 
+/// In the lab, where there is one, with this machine's program in the guest.
+fn in_the_lab(program: &str, arguments: &[&str]) -> Option<Vec<Value>> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |name: &str| std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    if let Some(missing) = [program, "qemu-system-x86_64"].into_iter().find(|p| !found(p)) {
+        println!("SKIP: a Linux guest with {program}: {missing} is not installed");
+        return None;
+    }
+    let output = perf(arguments)?;
+    let errors = text(&output.stderr);
+    if !output.status.success()
+        && ["run `make images`", "cloud-kernel.sh"]
+            .iter()
+            .any(|w| errors.contains(w))
+    {
+        println!("SKIP: a Linux guest with {program}: {errors}");
+        return None;
+    }
+    Some(parts(&output))
+}
+
+#[test]
+fn fio_measures_a_disk_in_a_linux_guest() {
+    let arguments = [
+        "block",
+        "--fio",
+        "--lab",
+        "--json",
+        "--ops",
+        "500",
+        "--disk-mib",
+        "4",
+        "--pattern",
+        "rand-write",
+    ];
+    let Some(parts) = in_the_lab("fio", &arguments) else {
+        return;
+    };
+    let name = parts[0]["name"].as_str().unwrap();
+    assert!(name.starts_with("Linux guest, fio "), "{name}");
+    let subjects = parts[0]["subjects"].as_array().unwrap();
+    assert_eq!(subjects.len(), 2);
+    for s in subjects {
+        for figure in [
+            "ops_per_s",
+            "device_cpu_us_per_op",
+            "system_calls_per_op",
+            "exits_per_op",
+        ] {
+            assert!(number(&s[figure]) > 0.0, "{figure}: {s}");
+        }
+        assert!(
+            number(&s["latency_us"]["p50"]) > 0.0 && s["hdr_ns"].is_string(),
+            "{s}"
+        );
+    }
+}
+
+#[test]
+fn iperf3_measures_a_network_in_a_linux_guest() {
+    let arguments = [
+        "net",
+        "--iperf3",
+        "--lab",
+        "--json",
+        "--ops",
+        "100",
+        "--pattern",
+        "to-guest",
+    ];
+    let Some(parts) = in_the_lab("iperf3", &arguments) else {
+        return;
+    };
+    let name = parts[0]["name"].as_str().unwrap();
+    assert!(
+        name.starts_with("Linux guest, iperf ") && name.contains("TCP to the guest"),
+        "{name}"
+    );
+    let shoal = &parts[0]["subjects"][0];
+    assert!(
+        number(&shoal["ops_per_s"]) > 0.0 && number(&shoal["system_calls_per_op"]) > 0.0,
+        "{shoal}"
+    );
+}
+
 #[test]
 fn what_cannot_be_is_refused() {
     for (arguments, told) in [
-        (&["block", "--depth", "65"][..], "1..=64"),
+        (&["block", "--fio"][..], "--lab|--here"),
+        (&["block", "--lab"], "--fio"),
+        (&["net", "--here"], "--iperf3"),
+        (&["block", "--fio", "--lab", "--here"], "cannot be used with"),
+        (&["block", "--fio", "--lab", "--check"], "cannot be used with"),
+        (
+            &["net", "--iperf3", "--lab", "--size", "60"],
+            "cannot be used with",
+        ),
+        (
+            &["block", "--fio", "--lab", "--pattern", "flush"],
+            "fio does no flushes alone",
+        ),
+        (
+            &["block", "--fio", "--lab", "--peer", "qemu=/x"],
+            "--peer goes with --here",
+        ),
+        (
+            &["block", "--fio", "--lab", "--root", "/nonexistent"],
+            "the guest's root disk (--root)",
+        ),
+        (
+            &["net", "--iperf3", "--lab", "--kernel", "/nonexistent"],
+            "the guest's kernel (--kernel)",
+        ),
+        (&["block", "--depth", "65"], "1..=64"),
         (&["block", "--size", "100"], "no multiple of 512"),
         (
             &["block", "--size", "1048576", "--depth", "64"],

@@ -12,6 +12,7 @@ use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::block::{BlockSpec, EngineKind};
 use tempfile::NamedTempFile;
 
+use super::linux::{self, GuestArgs};
 use super::results::IoResult;
 use super::watch::Vmm;
 use super::{Contender, IoArgs, Pattern, qemu, result, shoal, take_turns};
@@ -21,19 +22,24 @@ use crate::peers::{PeerArg, usable};
 #[derive(clap::Args)]
 pub struct BlockArgs {
     #[command(flatten)]
-    io: IoArgs,
-    /// What the guest does (repeatable) [default: rand-read, rand-write, read]
+    pub(super) io: IoArgs,
+    /// What the guest does (repeatable) [default: rand-read, rand-write, read; of --fio the first two]
     #[arg(long = "pattern", value_enum)]
     patterns: Vec<Access>,
     /// Bytes of each request
     #[arg(long, default_value_t = 4096, value_parser = size)]
-    size: u64,
+    pub(super) size: u64,
     /// Requests in flight
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=64))]
-    depth: u64,
-    /// Size of the disk (MiB): its file is written anew, and stays in the page cache
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65_536))]
-    disk_mib: u64,
+    pub(super) depth: u64,
+    /// Size of the disk (MiB): its file is written anew, and stays in the page cache [default: 256; in the lab 64]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    pub(super) disk_mib: Option<u64>,
+    /// By fio in a Linux guest, instead of the probe guest
+    #[arg(long, group = "tool", requires = "linux_place", conflicts_with = "check")]
+    fio: bool,
+    #[command(flatten)]
+    pub(super) guest: GuestArgs,
 }
 
 impl BlockArgs {
@@ -44,11 +50,51 @@ impl BlockArgs {
             patterns: vec![],
             size: 4096,
             depth: 32,
-            disk_mib: 256,
+            disk_mib: None,
+            fio: false,
+            guest: GuestArgs::none(),
+        }
+    }
+
+    /// What `all` runs of a Linux guest.
+    pub fn all_fio() -> Self {
+        Self {
+            io: IoArgs::default(),
+            fio: true,
+            guest: GuestArgs::lab(),
+            ..Self::all(&[])
+        }
+    }
+
+    /// How it is measured.
+    pub fn method(&self) -> &'static str {
+        match (self.fio, self.guest.in_lab()) {
+            (false, _) => super::METHOD,
+            (true, false) => linux::disk::HERE,
+            (true, true) => linux::disk::LAB,
+        }
+    }
+
+    pub(super) fn patterns(&self) -> &[Access] {
+        match (&self.patterns[..], self.fio) {
+            ([], false) => &[Access::RandRead, Access::RandWrite, Access::Read],
+            ([], true) => &[Access::RandRead, Access::RandWrite],
+            (patterns, _) => patterns,
+        }
+    }
+
+    /// What a pattern is called.
+    pub(super) fn name(&self, access: Access) -> String {
+        let (_, name, _) = access.describe();
+        match access {
+            Access::Flush => format!("{name}, {} in flight", self.depth),
+            _ => format!("{} {name}, {} in flight", bytes(self.size), self.depth),
         }
     }
 }
 
+/// Size of the disk, if nobody says another (MiB).
+pub(super) const DISK_MIB: u64 = 256;
 /// The guest has 6 MiB of buffers.
 const BUFFERS: u64 = 6 << 20;
 const SECTOR: u64 = 512;
@@ -62,7 +108,7 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Access {
+pub(super) enum Access {
     RandRead,
     RandWrite,
     Read,
@@ -72,7 +118,7 @@ enum Access {
 
 impl Access {
     /// The guest's word, what people call it, and operations for some tenths of a second.
-    fn describe(self) -> (&'static str, &'static str, u64) {
+    pub(super) fn describe(self) -> (&'static str, &'static str, u64) {
         match self {
             Self::RandRead => ("randread", "random reads", 150_000),
             Self::RandWrite => ("randwrite", "random writes", 100_000),
@@ -83,17 +129,13 @@ impl Access {
     }
 
     fn pattern(self, args: &BlockArgs) -> Pattern {
-        let (word, name, ops) = self.describe();
+        let (word, _, ops) = self.describe();
         let (size, depth) = (args.size, args.depth);
-        let (name, bytes) = match self {
-            Self::Flush => (name.to_owned(), 0),
-            _ => (format!("{} {name}", bytes(size)), size),
-        };
         Pattern {
-            name: format!("{name}, {depth} in flight"),
+            name: args.name(self),
             what: "block",
             words: format!("depth={depth} size={size} block={word}"),
-            bytes_per_op: bytes,
+            bytes_per_op: if self == Self::Flush { 0 } else { size },
             ops: (ops * 4096 / size.max(4096)).max(1000),
         }
     }
@@ -110,6 +152,9 @@ fn bytes(n: u64) -> String {
 
 /// Runs the patterns one after the other.
 pub fn measure(args: &BlockArgs) -> Result<IoResult> {
+    if args.fio {
+        return linux::disk::measure(args);
+    }
     anyhow::ensure!(
         args.size * args.depth <= BUFFERS,
         "{} requests of {} bytes are more than the guest's {} MiB of buffers: take a smaller --depth or --size",
@@ -117,14 +162,9 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
         args.size,
         BUFFERS >> 20
     );
-    let disk = disk(args.disk_mib << 20)?;
+    let disk = disk(args.disk_mib.unwrap_or(DISK_MIB) << 20)?;
     let (starter, qemus) = (shoal::Starter::new()?, usable(&args.io.peers, qemu::Starter::new));
-    let default = [Access::RandRead, Access::RandWrite, Access::Read];
-    let patterns = match args.patterns[..] {
-        [] => &default,
-        _ => &args.patterns[..],
-    };
-    let parts = patterns.iter().map(|access| {
+    let parts = args.patterns().iter().map(|access| {
         let mut all: Vec<_> = [EngineKind::Sync, EngineKind::IoUring]
             .map(|engine| ours(&starter, engine, Limits::default(), &disk))
             .into();

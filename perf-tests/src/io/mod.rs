@@ -4,6 +4,7 @@ pub mod block;
 pub mod costs;
 pub mod limits;
 mod lines;
+pub mod linux;
 pub mod net;
 mod qemu;
 pub mod report;
@@ -32,11 +33,11 @@ use watch::{Run, Vmm, Watch};
 pub const METHOD: &str = "/dev/kvm with the probe guest, which polls; in turns";
 
 /// What the I/O benchmarks have in common.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub struct IoArgs {
-    /// Measured turns: each starts every program once
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    turns: u32,
+    /// Measured turns: each starts every program once [default: 10; of a Linux guest 5, in the lab 1]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    turns: Option<u32>,
     /// Operations in each run [default: enough for some tenths of a second]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
     ops: Option<u64>,
@@ -52,10 +53,9 @@ impl IoArgs {
     /// What `all` runs: fewer turns, since there are many parts, and the peers that can be driven.
     fn all(peers: &[PeerArg]) -> Self {
         Self {
-            turns: 5,
-            ops: None,
+            turns: Some(5),
             peers: peers.iter().filter(|p| p.qemu().is_some()).cloned().collect(),
-            check: false,
+            ..Self::default()
         }
     }
 }
@@ -63,6 +63,11 @@ impl IoArgs {
 /// The probe guest, ready to be mapped. Its pages are as a process gets them that says nothing, which is what the peers are.
 fn probe_guest() -> Result<Guest> {
     Guest::bare_metal(shoal_probe::PROBE, Pages::Host)
+}
+
+/// The end of `text`, up to so many bytes of it.
+fn tail_of(text: &str, bytes: usize) -> &str {
+    &text[text.ceil_char_boundary(text.len().saturating_sub(bytes))..]
 }
 
 /// The end of what a program wrote to `file`.
@@ -209,20 +214,56 @@ const COUNTED_SHARE: u64 = 4;
 /// same), and never counts too much: the turn that saw most is right.
 const COUNTED_TURNS: u32 = 3;
 
-/// Runs all in turns, every second turn in the opposite order; first once to warm up, last to count.
-fn take_turns(pattern: &Pattern, args: &IoArgs, mut all: Vec<Contender<'_>>) -> Result<Option<IoPart>> {
-    let mut watch = Watch {
-        what: pattern.what,
-        tsc_per_second: sys::tsc_per_second(),
-        count: false,
+/// Turns of the probe guest.
+const TURNS: u32 = 10;
+
+/// Runs all with the probe guest in turns.
+fn take_turns(pattern: &Pattern, args: &IoArgs, all: Vec<Contender<'_>>) -> Result<Option<IoPart>> {
+    let tsc_per_second = sys::tsc_per_second();
+    let plan = Plan {
+        name: pattern.name.clone(),
+        bytes_per_op: pattern.bytes_per_op,
+        ops: args.ops.unwrap_or(pattern.ops),
+        warm_up: 1,
+        turns: args.turns.unwrap_or(TURNS),
+        counted: COUNTED_TURNS,
     };
-    let ops = args.ops.unwrap_or(pattern.ops);
-    let few = (ops / COUNTED_SHARE).max(1);
-    let progress = bar(args.turns + 1 + COUNTED_TURNS, "turns").with_prefix(pattern.name.clone());
-    for turn in 0..args.turns + 1 + COUNTED_TURNS {
-        let (first, last) = (turn == 0, turn > args.turns);
-        watch.count = last;
-        let ops = if first || last { few } else { ops };
+    in_turns(&plan, all, |contender, ops, count| {
+        let watch = Watch {
+            what: pattern.what,
+            tsc_per_second,
+            count,
+        };
+        contender.once(&watch, pattern, ops, args.check)
+    })
+}
+
+/// How often all are run.
+struct Plan {
+    /// What is done, for people.
+    name: String,
+    bytes_per_op: u64,
+    /// Operations in each run that is measured.
+    ops: u64,
+    /// Turns before those that are measured.
+    warm_up: u32,
+    turns: u32,
+    /// Turns after them, in which is counted.
+    counted: u32,
+}
+
+/// Runs all by `once` (operations, whether to count) in turns, every second turn in the opposite order.
+fn in_turns(
+    plan: &Plan,
+    mut all: Vec<Contender<'_>>,
+    once: impl Fn(&Contender<'_>, u64, bool) -> Result<Run>,
+) -> Result<Option<IoPart>> {
+    let few = (plan.ops / COUNTED_SHARE).max(1);
+    let turns = plan.warm_up + plan.turns + plan.counted;
+    let progress = bar(turns, "turns").with_prefix(plan.name.clone());
+    for turn in 0..turns {
+        let (first, last) = (turn < plan.warm_up, turn >= plan.warm_up + plan.turns);
+        let ops = if first || last { few } else { plan.ops };
         let mut order: Vec<usize> = (0..all.len()).filter(|&i| !all[i].failed).collect();
         if turn % 2 == 1 {
             order.reverse();
@@ -232,7 +273,7 @@ fn take_turns(pattern: &Pattern, args: &IoArgs, mut all: Vec<Contender<'_>>) -> 
             if interrupted() {
                 break;
             }
-            match all[i].once(&watch, pattern, ops, args.check) {
+            match once(&all[i], ops, last) {
                 Ok(run) => runs.push((i, run)),
                 Err(e) if all[i].is_peer => {
                     progress.suspend(|| eprintln!("shoal-perf: left out from here on: {e:#}"));
@@ -260,9 +301,9 @@ fn take_turns(pattern: &Pattern, args: &IoArgs, mut all: Vec<Contender<'_>>) -> 
     }
     let measured = all.iter().filter(|c| !c.runs.is_empty());
     Ok(Some(IoPart {
-        name: pattern.name.clone(),
-        bytes_per_op: pattern.bytes_per_op,
-        ops,
+        name: plan.name.clone(),
+        bytes_per_op: plan.bytes_per_op,
+        ops: plan.ops,
         turns: first.len() as u32,
         subjects: measured
             .map(|c| IoSubject::new(&c.name, &c.version, &c.runs, &first, c.counted.as_ref()))
@@ -297,7 +338,7 @@ pub fn print(io: &IoResult) {
             let (low, high) = s.interval;
             let optional = |n: Option<f64>| n.map_or_else(|| "-".to_owned(), |n| format!("{n:.3}"));
             println!(
-                "  {:<28} {:>10.0} {:>8.1} {:>7.2} {:>15} {:>10.3} {:>8} {:>8} {:>8.3}",
+                "  {:<28} {:>10.0} {:>8.1} {:>7.2} {:>15} {:>10.3} {:>8} {:>8} {:>8}",
                 s.name,
                 s.ops_per_s,
                 s.ops_per_s * part.bytes_per_op as f64 / 1e6,
@@ -306,7 +347,7 @@ pub fn print(io: &IoResult) {
                 s.device_cpu_us_per_op,
                 optional(s.system_calls_per_op),
                 optional(s.exits_per_op),
-                s.kicks_per_op
+                optional(s.kicks_per_op)
             );
         }
         for s in part.subjects.iter().filter(|s| s.latency_us.is_some()) {

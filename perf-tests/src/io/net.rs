@@ -16,6 +16,7 @@ use shoal_devices::spec::AnyDeviceSpec;
 use shoal_devices::virtio::net::NetSpec;
 use shoal_devices::virtio::net::open::open_tap;
 
+use super::linux::{self, GuestArgs};
 use super::results::IoResult;
 use super::watch::{Run, Vmm};
 use super::{Contender, HostPart, IoArgs, Pattern, When, qemu, result, shoal, sys, take_turns};
@@ -25,16 +26,21 @@ use crate::peers::{PeerArg, usable};
 #[derive(clap::Args)]
 pub struct NetArgs {
     #[command(flatten)]
-    io: IoArgs,
+    pub(super) io: IoArgs,
     /// What is done (repeatable) [default: all]
     #[arg(long = "pattern", value_enum)]
-    patterns: Vec<Traffic>,
+    pub(super) patterns: Vec<Traffic>,
     /// Bytes of each frame (repeatable) [default: 60 and 1514; 60 with ping]
     #[arg(long = "size", value_parser = clap::value_parser!(u64).range(60..=1514))]
     sizes: Vec<u64>,
     /// Frames in flight from the guest to the host
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=256))]
     depth: u64,
+    /// By iperf3 in a Linux guest (TCP each way, small UDP packets to the host) and its ping, instead of the probe guest
+    #[arg(long, group = "tool", requires = "linux_place", conflicts_with_all = ["check", "sizes", "depth"])]
+    iperf3: bool,
+    #[command(flatten)]
+    pub(super) guest: GuestArgs,
 }
 
 impl NetArgs {
@@ -45,12 +51,33 @@ impl NetArgs {
             patterns: vec![],
             sizes: vec![],
             depth: 128,
+            iperf3: false,
+            guest: GuestArgs::none(),
+        }
+    }
+
+    /// What `all` runs of a Linux guest.
+    pub fn all_iperf3() -> Self {
+        Self {
+            io: IoArgs::default(),
+            iperf3: true,
+            guest: GuestArgs::lab(),
+            ..Self::all(&[])
+        }
+    }
+
+    /// How it is measured.
+    pub fn method(&self) -> &'static str {
+        match (self.iperf3, self.guest.in_lab()) {
+            (false, _) => super::METHOD,
+            (true, false) => linux::net::HERE,
+            (true, true) => linux::net::LAB,
         }
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Traffic {
+pub(super) enum Traffic {
     /// The guest sends; the host counts what comes
     ToHost,
     /// The host sends as fast as the interface takes it
@@ -80,7 +107,7 @@ impl Traffic {
     }
 }
 
-const TAP: &str = "perf0";
+pub(super) const TAP: &str = "perf0";
 /// For local experiments (IEEE 802).
 const FRAME_TYPE: u16 = 0x88b5;
 const PATTERN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -88,6 +115,9 @@ const VHOST: &str = "/dev/vhost-net";
 
 /// Runs the patterns one after the other, in a thread that leaves this process's network.
 pub fn measure(args: &NetArgs) -> Result<IoResult> {
+    if args.iperf3 {
+        return linux::net::measure(args);
+    }
     in_namespace(|| inside(args))
 }
 

@@ -1,10 +1,10 @@
-//! QEMU's microvm with the probe guest and devices, as its documentation recommends (docs/performance.md, I/O).
+//! QEMU's microvm with a guest and devices, as its documentation recommends (docs/performance.md, I/O).
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{PipeReader, Read, Write};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -19,8 +19,17 @@ use crate::peers::{Peer, PeerArg};
 pub struct Starter {
     program: PathBuf,
     version: String,
-    kernel: NamedTempFile,
+    kernel: PathBuf,
+    /// The kernel, where it is the probe guest.
+    _image: Option<NamedTempFile>,
+    machine: &'static str,
+    memory_mib: u64,
 }
+
+/// docs/system/i386/microvm.rst: the smallest machine. The probe guest takes its devices from the command line, Linux from
+/// ACPI's tables.
+const PROBE: &str = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=off";
+const LINUX: &str = "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=on";
 
 /// One that runs.
 pub struct Running {
@@ -30,18 +39,30 @@ pub struct Running {
 }
 
 impl Starter {
-    /// Asks the program for its version and writes the guest's image to a file.
+    /// Asks the program for its version and writes the probe guest's image to a file.
     pub fn new(arg: &PeerArg) -> Result<Self> {
+        let mut image = NamedTempFile::new().context("making a temporary file")?;
+        image.write_all(shoal_probe::PROBE)?;
+        let path = image.path().to_owned();
+        Ok(Self {
+            machine: PROBE,
+            _image: Some(image),
+            ..Self::linux(arg, &path, PROBE_MEMORY_MIB)?
+        })
+    }
+
+    /// Asks the program for its version. The guest is a Linux kernel with so much memory.
+    pub fn linux(arg: &PeerArg, kernel: &Path, memory_mib: u64) -> Result<Self> {
         let program = arg
             .qemu()
             .with_context(|| format!("{arg}: I/O is compared with qemu=PATH only"))?;
-        let peer = Peer::new(arg)?;
-        let mut kernel = NamedTempFile::new().context("making a temporary file")?;
-        kernel.write_all(shoal_probe::PROBE)?;
         Ok(Self {
             program: program.into(),
-            version: peer.version().into(),
-            kernel,
+            version: Peer::new(arg)?.version().into(),
+            kernel: kernel.into(),
+            _image: None,
+            machine: LINUX,
+            memory_mib,
         })
     }
 
@@ -56,15 +77,11 @@ impl Starter {
         let errors = tempfile::tempfile().context("making a temporary file")?;
         let mut command = Command::new(&self.program);
         command
-            // docs/system/i386/microvm.rst: the smallest machine. Its devices are announced on the command line.
-            .args([
-                "-M",
-                "microvm,x-option-roms=off,pit=off,pic=off,rtc=off,isa-serial=on,acpi=off",
-            ])
+            .args(["-M", self.machine])
             // QEMU 7.2 ends when KVM offers the register of these capabilities and then refuses its value (pagetable
             // KVM does), so the guest does without.
             .args(["-enable-kvm", "-cpu", "host,arch-capabilities=off", "-smp", "1"])
-            .args(["-m", &format!("{PROBE_MEMORY_MIB}M")])
+            .args(["-m", &format!("{}M", self.memory_mib)])
             // Devices of virtio 1, as everybody's drivers take them. Threads get names, so that the vCPU's is known.
             .args([
                 "-global",
@@ -85,7 +102,7 @@ impl Starter {
             .arg("-append")
             .arg(words)
             .arg("-kernel")
-            .arg(self.kernel.path())
+            .arg(&self.kernel)
             // A pipe that stays open: the end of standard input means "quit" to some.
             .stdin(Stdio::piped())
             .stdout(console_end)

@@ -103,7 +103,7 @@ fn part(part: &IoPart) -> String {
             Some(s.all_cpu_us_per_op),
             s.system_calls_per_op,
             s.exits_per_op,
-            Some(s.kicks_per_op),
+            s.kicks_per_op,
         ];
         row(&mut html, s, &costs, "");
     }

@@ -78,8 +78,9 @@ pub struct IoSubject {
     pub device_cpu_us_per_op: f64,
     /// Processor time of all of the VMM's threads for one operation (µs): the guest's own, which polls, included.
     pub all_cpu_us_per_op: f64,
-    /// Notifications that the guest wrote, for one operation.
-    pub kicks_per_op: f64,
+    /// Notifications that the guest wrote, for one operation; none where the guest does not count them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kicks_per_op: Option<f64>,
     /// System calls of the VMM for one operation, in a run apart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system_calls_per_op: Option<f64>,
@@ -133,7 +134,10 @@ impl IoSubject {
             interval: ratio_interval(&others, &own),
             device_cpu_us_per_op: of(&|r| r.cpu.devices_ns as f64 / 1e3 / r.ops as f64),
             all_cpu_us_per_op: of(&|r| (r.cpu.devices_ns + r.cpu.vcpu_ns) as f64 / 1e3 / r.ops as f64),
-            kicks_per_op: of(&|r| r.kicks as f64 / r.ops as f64),
+            kicks_per_op: runs
+                .iter()
+                .all(|r| r.kicks.is_some())
+                .then(|| of(&|r| r.kicks.unwrap_or(0) as f64 / r.ops as f64)),
             system_calls_per_op: per_op(&|c| c.system_calls),
             exits_per_op: per_op(&|c| c.exits),
             latency_us: latencies.as_ref().map(Latency::of),
@@ -197,7 +201,7 @@ impl IoSubject {
             self.interval.1,
             self.device_cpu_us_per_op,
             self.all_cpu_us_per_op,
-            self.kicks_per_op,
+            self.kicks_per_op.unwrap_or_default(),
             self.system_calls_per_op.unwrap_or_default(),
             self.exits_per_op.unwrap_or_default(),
             self.lost_percent,

@@ -1,4 +1,4 @@
-//! Shoal's VMM with the probe guest and devices.
+//! Shoal's VMM with a guest and devices.
 
 use std::fs::File;
 use std::io::{PipeReader, Read};
@@ -31,11 +31,16 @@ pub struct Running {
 }
 
 impl Starter {
-    /// With the guest's image loaded.
+    /// With the probe guest's image loaded.
     pub fn new() -> Result<Self> {
+        Self::with(super::probe_guest()?)
+    }
+
+    /// With a guest that has no initial RAM disk.
+    pub fn with(guest: Guest) -> Result<Self> {
         Ok(Self {
             program: sibling("shoal-vmm")?,
-            guest: super::probe_guest()?,
+            guest,
         })
     }
 

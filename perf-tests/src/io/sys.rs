@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,29 @@ pub fn make_tap(name: &str) -> io::Result<()> {
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the kernel reads one request.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }.into()).map(drop)
+}
+
+/// Gives the interface `name` of this thread's network an address, with a prefix of 24 bits.
+pub fn set_address(name: &str, address: Ipv4Addr) -> io::Result<()> {
+    // SAFETY: numbers; the descriptor that comes is new.
+    let socket = unsafe {
+        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0).into())?;
+        OwnedFd::from_raw_fd(fd as i32)
+    };
+    let mask = Ipv4Addr::new(255, 255, 255, 0);
+    for (what, value) in [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, mask)] {
+        let mut request = interface_request(name);
+        // SAFETY: an IPv4 address has the size of any address, and all-zero is one.
+        let mut internet: libc::sockaddr_in = unsafe { std::mem::zeroed() };
+        internet.sin_family = libc::AF_INET as u16;
+        internet.sin_addr.s_addr = u32::from(value).to_be();
+        // SAFETY: both are 16 bytes of plain numbers.
+        request.ifr_ifru.ifru_addr =
+            unsafe { std::mem::transmute::<libc::sockaddr_in, libc::sockaddr>(internet) };
+        // SAFETY: the kernel reads one request.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), what, &raw const request) }.into())?;
+    }
+    Ok(())
 }
 
 fn interface_request(name: &str) -> libc::ifreq {

@@ -34,8 +34,8 @@ pub struct Run {
     pub seconds: f64,
     /// Processor time of the VMM meanwhile.
     pub cpu: CpuTime,
-    /// Notifications that the guest wrote.
-    pub kicks: u64,
+    /// Notifications that the guest wrote. None: the guest does not count them.
+    pub kicks: Option<u64>,
     /// Operations that were lost on their way (frames).
     pub lost: u64,
     /// Of single operations (ns). None: the guest did not measure them.
@@ -70,14 +70,16 @@ pub struct Watch<'a> {
     pub count: bool,
 }
 
+/// What the kernel counts of a process.
 #[derive(Default)]
-struct Counters {
+pub struct Counters {
     system_calls: Option<Counter>,
     exits: Option<Counter>,
 }
 
 impl Counters {
-    fn read(&self) -> Result<Counts> {
+    /// Up to now.
+    pub fn read(&self) -> Result<Counts> {
         let read = |c: &Option<Counter>| c.as_ref().map(Counter::read).transpose();
         Ok(Counts {
             system_calls: read(&self.system_calls)?,
@@ -121,7 +123,7 @@ impl Watch<'_> {
                     (run.ops, run.seconds) = (count, cycles as f64 / self.tsc_per_second);
                     counted = Some(cycles);
                 }
-                Some(Line::Count { name, count, .. }) if name == "kicks" => run.kicks = count,
+                Some(Line::Count { name, count, .. }) if name == "kicks" => run.kicks = Some(count),
                 Some(Line::Count { name, count, .. }) if name == "lost" => run.lost = count,
                 Some(Line::Latencies(more)) => {
                     latencies.extend(more);
@@ -177,7 +179,8 @@ impl Watch<'_> {
     }
 }
 
-fn counters_of(pid: u32) -> Result<Counters> {
+/// Begins to count, where this machine lets us.
+pub fn counters_of(pid: u32) -> Result<Counters> {
     let threads = CpuMoment::of(pid)?;
     Ok(Counters {
         system_calls: Counter::system_calls_of(threads.threads()).ok(),
@@ -185,7 +188,8 @@ fn counters_of(pid: u32) -> Result<Counters> {
     })
 }
 
-fn difference(before: Counts, after: Counts) -> Counts {
+/// What was counted between two readings.
+pub fn difference(before: Counts, after: Counts) -> Counts {
     // Not every KVM passes its tracepoint: a guest that has printed has made exits.
     let less = |a: Option<u64>, b: Option<u64>| Some(b.filter(|&b| b > 0)?.saturating_sub(a?));
     Counts {
@@ -195,7 +199,7 @@ fn difference(before: Counts, after: Counts) -> Counts {
 }
 
 /// A line without its end; none at the end of the console. A line that is too long comes in pieces.
-fn read_line(console: &mut impl BufRead) -> Result<Option<String>> {
+pub fn read_line(console: &mut impl BufRead) -> Result<Option<String>> {
     let mut line = Vec::new();
     let n = console
         .by_ref()
@@ -253,7 +257,7 @@ mod tests {
     fn a_run_is_read() {
         let (run, listened) = watch(GOOD);
         let run = run.unwrap();
-        assert_eq!((run.ops, run.seconds, run.kicks, run.lost), (10, 2.0, 3, 1));
+        assert_eq!((run.ops, run.seconds, run.kicks, run.lost), (10, 2.0, Some(3), 1));
         assert_eq!((run.rate(), listened), (5.0, 1));
         let latencies = run.latencies.unwrap();
         assert_eq!(latencies.len(), 10);

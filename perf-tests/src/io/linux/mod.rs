@@ -1,0 +1,274 @@
+//! I/O of a Linux guest: fio, iperf3 and ping as people run them, in Shoal and in QEMU, in turns. The lab runs the same.
+
+pub mod disk;
+mod fio;
+mod guest;
+mod image;
+mod iperf3;
+pub mod net;
+mod ping;
+mod server;
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use shoal_devices::spec::AnyDeviceSpec;
+use shoal_devices::virtio::block::BlockSpec;
+use shoal_vmm::protocol::Pages;
+
+use super::results::{IoPart, IoResult};
+use super::{Contender, IoArgs, Plan, in_turns, shoal};
+use crate::driver::{Guest, sibling};
+use crate::lab::Lab;
+use crate::machine::Machine;
+use crate::results::Measured;
+use crate::signal::interrupted;
+use guest::{Tool, once};
+pub use image::missing;
+
+/// Memory of the guest (MiB).
+const MEMORY_MIB: u64 = 256;
+
+/// Where a Linux guest runs, and what it is made of.
+#[derive(clap::Args)]
+pub struct GuestArgs {
+    /// The Linux guest runs in the lab, where time is counted in instructions: the same on every machine
+    #[arg(long, group = "linux_place", requires = "tool")]
+    lab: bool,
+    /// The Linux guest runs on this machine's /dev/kvm, which has to be hardware's
+    #[arg(long, group = "linux_place", requires = "tool")]
+    here: bool,
+    /// The Linux guest's kernel [default: Shoal's own, as `make images` leaves it]
+    #[arg(long, value_name = "FILE", requires = "tool")]
+    kernel: Option<PathBuf>,
+    /// The Linux guest's root disk (EROFS) [default: one made of this machine's program and its libraries]
+    #[arg(long, value_name = "FILE", requires = "tool")]
+    root: Option<PathBuf>,
+}
+
+impl GuestArgs {
+    /// What `all` runs.
+    pub fn lab() -> Self {
+        Self {
+            lab: true,
+            ..Self::none()
+        }
+    }
+
+    /// No Linux guest.
+    pub fn none() -> Self {
+        Self {
+            lab: false,
+            here: false,
+            kernel: None,
+            root: None,
+        }
+    }
+
+    /// In the lab, not here.
+    pub fn in_lab(&self) -> bool {
+        self.lab
+    }
+}
+
+/// The files that a Linux guest boots from.
+struct Files {
+    kernel: PathBuf,
+    root: PathBuf,
+    /// The root disk, where it was made for this run.
+    _made: Option<image::Image>,
+}
+
+impl Files {
+    fn find(args: &GuestArgs, program: &str, destination: &str) -> Result<Self> {
+        let kernel = match &args.kernel {
+            Some(kernel) => kernel.clone(),
+            None => sibling("shoal-vmm")?.with_file_name("../images/vmlinux"),
+        };
+        let found = |path: &Path, what| {
+            path.canonicalize().with_context(|| {
+                format!(
+                    "{}: run `make images`, or name the guest's {what}",
+                    path.display()
+                )
+            })
+        };
+        let kernel = found(&kernel, "kernel (--kernel)")?;
+        let made = match &args.root {
+            Some(_) => None,
+            None => Some(image::Image::with(program, destination)?),
+        };
+        let root = args.root.as_deref().or(made.as_ref().map(|i| i.path.as_path()));
+        let root = found(root.context("there is no root disk")?, "root disk (--root)")?;
+        Ok(Self {
+            kernel,
+            root,
+            _made: made,
+        })
+    }
+
+    fn open_root(&self) -> Result<File> {
+        File::open(&self.root).with_context(|| format!("opening the root disk {}", self.root.display()))
+    }
+
+    /// The root disk for QEMU, on the first bus.
+    fn qemu_root(&self) -> Vec<OsString> {
+        let mut drive = OsString::from("if=none,id=root,format=raw,read-only=on,file=");
+        drive.push(&self.root);
+        let device = "virtio-blk-device,drive=root,bus=virtio-mmio-bus.0";
+        vec!["-drive".into(), drive, "-device".into(), device.into()]
+    }
+
+    fn guest(&self) -> Result<Guest> {
+        let what = || format!("loading the kernel {}", self.kernel.display());
+        let file = File::open(&self.kernel).with_context(what)?;
+        Ok(Guest {
+            kernel: shoal_vmm::kernel::load(&file).with_context(what)?,
+            initrd: None,
+            cmdline: String::new(),
+            memory_mib: MEMORY_MIB,
+            pages: Pages::Host,
+        })
+    }
+}
+
+/// Refuses what cannot be measured: Linux on a machine on which it does not boot, peers in the lab.
+fn check(io: &IoArgs, in_lab: bool) -> Result<()> {
+    if in_lab {
+        ensure!(
+            io.peers.is_empty(),
+            "--peer goes with --here: the lab has no other VMM"
+        );
+        return Ok(());
+    }
+    let kvm = Machine::here().kvm;
+    ensure!(
+        kvm.starts_with("hardware"),
+        "Linux guests do not boot on this machine's KVM, which is: {kvm}; --lab runs them anywhere"
+    );
+    Ok(())
+}
+
+/// This is the lab.
+fn in_lab() -> bool {
+    std::env::var_os("SHOAL_LAB").is_some()
+}
+
+/// Runs `tool` in all contenders' guests in turns.
+fn part(
+    io: &IoArgs,
+    name: &str,
+    bytes_per_op: u64,
+    ops: u64,
+    tool: &dyn Tool,
+    all: Vec<Contender<'_>>,
+) -> Result<Option<IoPart>> {
+    let version = RefCell::new(String::new());
+    let plan = Plan {
+        name: format!("{}, {name}", tool.name()),
+        bytes_per_op,
+        ops,
+        // In the lab nothing gets warm, and no counter is disturbed.
+        warm_up: u32::from(!in_lab()),
+        turns: io.turns.unwrap_or(if in_lab() { 1 } else { 5 }),
+        counted: if in_lab() { 1 } else { super::COUNTED_TURNS },
+    };
+    let part = in_turns(&plan, all, |contender, ops, count| {
+        let outcome = once(contender, tool, ops, count)?;
+        version.replace(outcome.version);
+        Ok(outcome.run)
+    })?;
+    Ok(part.map(|part| IoPart {
+        name: format!("Linux guest, {}: {name}", version.borrow()),
+        ..part
+    }))
+}
+
+/// A part of a run in the lab.
+struct LabPart {
+    /// What it is called, for people.
+    name: String,
+    /// The words that ask for it.
+    words: Vec<OsString>,
+}
+
+/// How long a turn of one part may take in the lab at each attempt (s, by this machine's clock); on an idle machine 10 to
+/// 30. QEMU's emulation of guests in the lab's machine now and then comes to a stop (seen with 7.2: a guest gets an interrupt
+/// that it has switched off, and waits for itself). Where time is counted in instructions it does so at the same moment
+/// each time, and not in a machine with a little more memory, in which everything happens a little later.
+const LIMITS: [u64; 3] = [60, 100, 200];
+/// How much more memory each attempt has (MiB).
+const MORE: u64 = 16;
+
+/// Runs this program once for each part, in a lab of its own, for a Linux guest on the lab's /dev/kvm.
+fn lab(what: &[&str], io: &IoArgs, parts: &[LabPart], files: &Files, more: &[PathBuf]) -> Result<IoResult> {
+    let copies: Vec<&PathBuf> = [&files.kernel, &files.root].into_iter().chain(more).collect();
+    let mut all: Option<IoResult> = None;
+    for part in parts {
+        if interrupted() {
+            break;
+        }
+        let io = lab_part(what, io, part, files, &copies)?;
+        match &mut all {
+            Some(all) => all.parts.extend(io.parts),
+            None => all = Some(io),
+        }
+    }
+    all.context("interrupted before the first part was done")
+}
+
+fn lab_part(
+    what: &[&str],
+    io: &IoArgs,
+    part: &LabPart,
+    files: &Files,
+    copies: &[&PathBuf],
+) -> Result<IoResult> {
+    let mut inside: Vec<OsString> = what.iter().map(Into::into).collect();
+    inside.extend(["--here".into(), "--json".into()]);
+    inside.extend(["--kernel".into(), files.kernel.clone().into()]);
+    inside.extend(["--root".into(), files.root.clone().into()]);
+    for (name, n) in [("--ops", io.ops), ("--turns", io.turns.map(u64::from))] {
+        inside.extend(n.into_iter().flat_map(|n| [name.into(), n.to_string().into()]));
+    }
+    inside.extend_from_slice(&part.words);
+    let mut lab = Lab::default();
+    for limit in LIMITS {
+        lab.limit = Duration::from_secs(limit) * io.turns.unwrap_or(1);
+        match lab.run(&inside, copies)?.map(|r| r.measured) {
+            Some(Measured::Io(io)) => return Ok(io),
+            Some(_) => bail!("the lab printed another kind of result"),
+            None => eprintln!(
+                "shoal-perf: {}: the lab was not done after {} s; once more in another",
+                part.name,
+                lab.limit.as_secs()
+            ),
+        }
+        lab.memory_mib += MORE;
+    }
+    bail!(
+        "{}: the lab was not done with it {} times",
+        part.name,
+        LIMITS.len()
+    )
+}
+
+/// The root disk, whose descriptor is the first.
+fn root() -> AnyDeviceSpec {
+    AnyDeviceSpec::Block(BlockSpec {
+        id: "root".into(),
+        fd: shoal::slot(0),
+        read_only: true,
+        ..BlockSpec::default()
+    })
+}
+
+/// What a value is called on the command line.
+fn value_name(value: &impl clap::ValueEnum) -> OsString {
+    let name = value.to_possible_value();
+    name.map_or_else(OsString::new, |n| n.get_name().into())
+}
