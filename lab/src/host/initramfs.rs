@@ -58,14 +58,15 @@ const HOSTS: &[u8] = b"127.0.0.1 localhost shoal-lab\n::1 localhost\n";
 pub fn build(sources: &Sources, job: &mut Job, copies: &[PathBuf]) -> Result<Vec<u8>, LabError> {
     let mut archive = Archive::new();
     for directory in [
-        "dev", "proc", "sys", "run", "tmp", "root", "mnt", "var/tmp", "lab", "etc", "bin",
+        "dev", "proc", "sys", "run", "tmp", "root", "mnt", "var/tmp", "lab", "etc", "usr/bin",
     ] {
         archive.directory(directory);
     }
+    // Programs that are copied to /usr/bin find what lies beside it, as /usr/share, by their own path.
     for (link, target) in [
-        ("sbin", "bin"),
-        ("usr/bin", "../bin"),
-        ("usr/sbin", "../bin"),
+        ("bin", "usr/bin"),
+        ("sbin", "usr/bin"),
+        ("usr/sbin", "bin"),
         ("var/run", "../run"),
     ] {
         archive.symlink(link, target);
@@ -74,7 +75,7 @@ pub fn build(sources: &Sources, job: &mut Job, copies: &[PathBuf]) -> Result<Vec
     archive.file("etc/group", 0o644, GROUP)?;
     archive.file("etc/hosts", 0o644, HOSTS)?;
     archive.file("init", 0o755, &read(Path::new("/proc/self/exe"))?)?;
-    archive.symlink("bin/shoal-lab", "/init");
+    archive.symlink("usr/bin/shoal-lab", "/init");
     add_busybox(&mut archive, &sources.busybox)?;
     add_modules(&mut archive, sources, job)?;
     for path in copies {
@@ -86,14 +87,14 @@ pub fn build(sources: &Sources, job: &mut Job, copies: &[PathBuf]) -> Result<Vec
 }
 
 fn add_busybox(archive: &mut Archive, busybox: &Path) -> Result<(), LabError> {
-    archive.file("bin/busybox", 0o755, &read(busybox)?)?;
+    archive.file("usr/bin/busybox", 0o755, &read(busybox)?)?;
     let list = Command::new(busybox)
         .arg("--list")
         .output()
         .map_err(LabError::system(format!("run {} --list", busybox.display())))?;
     for applet in String::from_utf8_lossy(&list.stdout).lines() {
         if applet != "busybox" && !applet.contains('/') {
-            archive.symlink(&format!("bin/{applet}"), "busybox");
+            archive.symlink(&format!("usr/bin/{applet}"), "busybox");
         }
     }
     Ok(())
