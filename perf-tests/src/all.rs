@@ -105,20 +105,20 @@ const BENCHES: &[Bench] = &[
     Bench {
         name: "boot-lab-reference",
         needs: &[Need::Lab, Need::Guest(Ours::Reference)],
-        run: |_| {
+        run: |args| {
             Ok((
                 linux::LAB,
-                Measured::BootLinux(linux::lab(&Ours::Reference.resolve()?, 3)?),
+                Measured::BootLinux(linux::lab(&Ours::Reference.resolve()?, 3, &args.peers)?),
             ))
         },
     },
     Bench {
         name: "boot-lab-image",
         needs: &[Need::Lab, Need::Guest(Ours::Image)],
-        run: |_| {
+        run: |args| {
             Ok((
                 linux::LAB,
-                Measured::BootLinux(linux::lab(&Ours::Image.resolve()?, 3)?),
+                Measured::BootLinux(linux::lab(&Ours::Image.resolve()?, 3, &args.peers)?),
             ))
         },
     },
@@ -130,10 +130,10 @@ const BENCHES: &[Bench] = &[
     Bench {
         name: "boot-here-image",
         needs: &[Need::Kvm, Need::HardwareKvm, Need::Guest(Ours::Image)],
-        run: |_| {
+        run: |args| {
             Ok((
                 linux::HERE,
-                Measured::BootLinux(linux::here(&Ours::Image.resolve()?, 20)?),
+                Measured::BootLinux(linux::here(&Ours::Image.resolve()?, 20, &args.peers)?),
             ))
         },
     },

@@ -1,14 +1,15 @@
 //! Boot latency of the probe guest: the VMM's own cost, in turns with the floor and with other VMMs.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use shoal_vmm::protocol::{Pages, Step};
 
 use crate::driver::{Guest, Jails, Started, Way, sibling, start_floor, start_vmm};
-use crate::peers::{Peer, PeerArg, usable};
+use crate::peers::{Peer, PeerArg, PeerGuest, usable};
 use crate::results::{ProbeBoot, Stage, Subject};
 use crate::signal::interrupted;
 use crate::stats::median;
@@ -17,9 +18,11 @@ use crate::stats::median;
 pub const PROBE: &str = "/dev/kvm with the probe guest, in turns with the raw-ioctl floor";
 
 const WARM_UP: u32 = 3;
+/// The probe guest's first output.
+const MARKER: &[u8] = b"R";
 /// Memory of the probe guest (MiB), with every program that is compared.
 pub const PROBE_MEMORY_MIB: u64 = 128;
-const SHOAL: &str = "shoal-vmm";
+pub const SHOAL: &str = "shoal-vmm";
 const UNJAILED: &str = "shoal-vmm, by the jailer without a jail";
 const JAILED: &str = "shoal-vmm, jailed";
 
@@ -45,9 +48,9 @@ pub struct BesideArgs {
     /// With --jail: the cgroup (version 2, an absolute path) that the jails lie in
     #[arg(long, value_name = "PATH", requires = "jail")]
     cgroup: Option<PathBuf>,
-    /// With --probe: also in turns with another VMM: qemu=PATH, firecracker=PATH or cloud-hypervisor=PATH (repeatable)
-    #[arg(long = "peer", value_name = "NAME=PATH", requires = "probe")]
-    peers: Vec<PeerArg>,
+    /// Also in turns with another VMM: qemu=PATH, firecracker=PATH or cloud-hypervisor=PATH (repeatable)
+    #[arg(long = "peer", value_name = "NAME=PATH", conflicts_with = "daemon")]
+    pub peers: Vec<PeerArg>,
 }
 
 impl BesideArgs {
@@ -67,7 +70,7 @@ pub fn probe_guest() -> Result<Guest> {
 }
 
 /// Something that is started once a turn.
-struct Contender<'a> {
+pub struct Contender<'a> {
     name: String,
     version: String,
     start: Start<'a>,
@@ -76,14 +79,19 @@ struct Contender<'a> {
     failed: Option<String>,
 }
 
-enum Start<'a> {
+/// How it is started.
+pub enum Start<'a> {
+    /// The floor program.
     Floor(&'a Path),
+    /// Shoal's VMM.
     Shoal(Way<'a>),
-    Peer(&'a Peer),
+    /// Another one.
+    Peer(&'a Peer<'a>),
 }
 
 impl<'a> Contender<'a> {
-    fn new(name: &str, version: &str, start: Start<'a>) -> Self {
+    /// Nothing is measured of it yet.
+    pub fn new(name: &str, version: &str, start: Start<'a>) -> Self {
         Self {
             name: name.into(),
             version: version.into(),
@@ -93,13 +101,18 @@ impl<'a> Contender<'a> {
         }
     }
 
+    /// A peer.
+    pub fn peer(peer: &'a Peer<'a>) -> Self {
+        Self::new(peer.name(), peer.version(), Start::Peer(peer))
+    }
+
     /// Starts it once; the second value is there for Shoal's.
-    fn once(&self, guest: &Guest) -> Result<(f64, Option<Started>)> {
+    fn once(&self, guest: &Guest, marker: &[u8]) -> Result<(f64, Option<Started>)> {
         Ok(match &self.start {
             Start::Floor(path) => (ms(start_floor(path)?), None),
             Start::Peer(peer) => (ms(peer.start()?), None),
             Start::Shoal(way) => {
-                let started = start_vmm(way, guest, b"R")?;
+                let started = start_vmm(way, guest, marker)?;
                 (ms(started.elapsed), Some(started))
             }
         })
@@ -114,7 +127,17 @@ pub fn probe(runs: u32, beside: &BesideArgs) -> Result<ProbeBoot> {
         true => Some((Jails::off(&vmm)?, Jails::full(&vmm, beside.cgroup.as_deref())?)),
         false => None,
     };
-    let peers = usable(&beside.peers, Peer::new);
+    let mut kernel = tempfile::NamedTempFile::new().context("making a temporary file")?;
+    kernel.write_all(shoal_probe::HALT_PVH)?;
+    let theirs = PeerGuest {
+        kernel: kernel.path().into(),
+        initrd: None,
+        cmdline: String::new(),
+        memory_mib: PROBE_MEMORY_MIB,
+        marker: MARKER.into(),
+        at_once: true,
+    };
+    let peers = usable(&beside.peers, |arg| Peer::new(arg, &theirs));
     let mut all = vec![
         Contender::new("floor", "", Start::Floor(&floor)),
         Contender::new(SHOAL, "", Start::Shoal(Way::Plain(&vmm))),
@@ -123,23 +146,26 @@ pub fn probe(runs: u32, beside: &BesideArgs) -> Result<ProbeBoot> {
         all.push(Contender::new(UNJAILED, "", Start::Shoal(Way::Jailer(off))));
         all.push(Contender::new(JAILED, "", Start::Shoal(Way::Jailer(full))));
     }
-    all.extend(
-        peers
-            .iter()
-            .map(|p| Contender::new(p.name(), p.version(), Start::Peer(p))),
-    );
-    let timelines = take_turns(&mut all, &guest, runs)?;
+    all.extend(peers.iter().map(Contender::peer));
+    let timelines = take_turns(&mut all, &guest, MARKER, WARM_UP, runs)?;
     let lacks = jails
         .as_ref()
         .map(|(_, full)| full.lacks().map(str::to_owned).collect());
     Ok(result(&all, &timelines, lacks.unwrap_or_default()))
 }
 
-/// Timelines of the plain shoal-vmm. A turn that was interrupted does not count.
-fn take_turns(all: &mut [Contender<'_>], guest: &Guest, runs: u32) -> Result<Vec<Started>> {
+/// Starts all `warm_up` times and `runs` times more, which count, until the guest writes `marker`; the timelines of the
+/// plain shoal-vmm. A turn that was interrupted does not count.
+pub fn take_turns(
+    all: &mut [Contender<'_>],
+    guest: &Guest,
+    marker: &[u8],
+    warm_up: u32,
+    runs: u32,
+) -> Result<Vec<Started>> {
     let mut timelines = Vec::new();
     let progress = bar(runs, "turns");
-    for run in 0..WARM_UP + runs {
+    for run in 0..warm_up + runs {
         let mut order: Vec<usize> = (0..all.len()).filter(|&i| all[i].failed.is_none()).collect();
         if run % 2 == 1 {
             order.reverse();
@@ -149,7 +175,7 @@ fn take_turns(all: &mut [Contender<'_>], guest: &Guest, runs: u32) -> Result<Vec
             if interrupted() {
                 break;
             }
-            match all[i].once(guest) {
+            match all[i].once(guest, marker) {
                 Ok(once) => turn.push((i, once)),
                 // Ctrl-C reaches the floor and the peers too.
                 Err(_) if interrupted() => {}
@@ -164,7 +190,7 @@ fn take_turns(all: &mut [Contender<'_>], guest: &Guest, runs: u32) -> Result<Vec
         if interrupted() {
             break;
         }
-        if run < WARM_UP {
+        if run < warm_up {
             continue;
         }
         for (i, (sample, started)) in turn {
@@ -189,7 +215,6 @@ fn result(all: &[Contender<'_>], timelines: &[Started], jail_lacks: Vec<String>)
     let median_of = |name| of(name).map(median);
     let shoal = of(SHOAL).unwrap_or_default();
     let (floor_ms, vmm_ms) = (median_of("floor").unwrap_or_default(), median(shoal));
-    let measured = all.iter().filter(|c| !c.samples_ms.is_empty());
     ProbeBoot {
         runs: timelines.len() as u32,
         floor_ms,
@@ -199,11 +224,19 @@ fn result(all: &[Contender<'_>], timelines: &[Started], jail_lacks: Vec<String>)
             .zip(median_of(UNJAILED))
             .map(|(with, without)| with - without),
         jail_lacks,
-        subjects: measured
-            .map(|c| Subject::new(&c.name, &c.version, c.samples_ms.clone(), shoal))
-            .collect(),
+        subjects: subjects(all),
         stages: stages(timelines),
     }
+}
+
+/// What was measured of each.
+pub fn subjects(all: &[Contender<'_>]) -> Vec<Subject> {
+    let shoal = all.iter().find(|c| c.name == SHOAL);
+    let shoal = shoal.map_or(&[][..], |c| &c.samples_ms);
+    let measured = all.iter().filter(|c| !c.samples_ms.is_empty());
+    measured
+        .map(|c| Subject::new(&c.name, &c.version, c.samples_ms.clone(), shoal))
+        .collect()
 }
 
 /// Prints the comparison as a table.
@@ -212,17 +245,7 @@ pub fn print(boot: &ProbeBoot) {
         "process start to first guest output, medians of {} starts in turns:",
         boot.runs
     );
-    println!(
-        "{:<42} {:>9} {:>9} {:>9}  95 % interval",
-        "", "ms", "p90", "÷ shoal"
-    );
-    for s in &boot.subjects {
-        let (low, high) = s.ratio_interval;
-        println!(
-            "  {:<40} {:9.3} {:9.3} {:9.2}  {low:.2} to {high:.2}",
-            s.name, s.median_ms, s.p90_ms, s.ratio_to_shoal
-        );
-    }
+    print_subjects(&boot.subjects);
     println!("  shoal-vmm ÷ floor {:32.2}", boot.ratio);
     if let Some(adds) = boot.jail_adds_ms {
         println!("  the jail adds {adds:37.3} ms (jailed less unjailed, both by the jailer)");
@@ -231,6 +254,21 @@ pub fn print(boot: &ProbeBoot) {
         println!("  the jail lacks: {}", boot.jail_lacks.join(", "));
     }
     print_stages(&boot.stages);
+}
+
+/// Prints how fast each was.
+pub fn print_subjects(subjects: &[Subject]) {
+    println!(
+        "{:<42} {:>9} {:>9} {:>9}  95 % interval",
+        "", "ms", "p90", "÷ shoal"
+    );
+    for s in subjects {
+        let (low, high) = s.ratio_interval;
+        println!(
+            "  {:<40} {:9.3} {:9.3} {:9.2}  {low:.2} to {high:.2}",
+            s.name, s.median_ms, s.p90_ms, s.ratio_to_shoal
+        );
+    }
 }
 
 /// Medians of when each step was reached, from process start on, in their order.

@@ -364,14 +364,16 @@ pub fn start_floor(floor: &Path) -> Result<Duration> {
     }
 }
 
-enum Seen {
+/// What came of waiting for a marker.
+pub enum Seen {
     /// All output up to it.
     Marker(String),
     /// The output ended before; this is the end of it.
     End(String),
 }
 
-fn read_until(from: &mut impl Read, marker: &[u8]) -> Result<Seen> {
+/// Reads until `marker` has come.
+pub fn read_until(from: &mut impl Read, marker: &[u8]) -> std::io::Result<Seen> {
     let mut all = Vec::new();
     let mut piece = [0; 4096];
     loop {

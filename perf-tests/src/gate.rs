@@ -175,8 +175,8 @@ pub fn check(paths: &[PathBuf], update: bool) -> Result<()> {
     for path in paths {
         let mut baseline = Baseline::load(path)?;
         let now = match baseline.figure {
-            Figure::BootLab => linux::lab(&Ours::Reference.resolve()?, RUNS)?,
-            Figure::BootLabImage => linux::lab(&Ours::Image.resolve()?, RUNS)?,
+            Figure::BootLab => linux::lab(&Ours::Reference.resolve()?, RUNS, &[])?,
+            Figure::BootLabImage => linux::lab(&Ours::Image.resolve()?, RUNS, &[])?,
             Figure::BootLabDaemon => served::lab(RUNS)?,
             Figure::CostsLab => {
                 regressions.extend(check_costs(path, baseline, update)?);
@@ -275,6 +275,7 @@ mod tests {
             runs: 1,
             init_ms: at.last().unwrap().1,
             spread_percent: 0.0,
+            subjects: vec![],
             samples_ms: vec![],
             stages: stages(at),
         }

@@ -135,6 +135,7 @@ mod tests {
             runs: 1,
             init_ms,
             spread_percent: 0.0,
+            subjects: vec![],
             samples_ms: vec![],
             stages: vec![],
         };

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use shoal_vmm::protocol::Pages;
 
-use crate::boot::{ms, print_stages, stages};
-use crate::driver::{Guest, Way, sibling, start_vmm};
+use crate::boot::{Contender, SHOAL, Start, ms, print_stages, print_subjects, stages, subjects, take_turns};
+use crate::driver::{Guest, Way, sibling};
+use crate::peers::{Peer, PeerArg, PeerGuest, usable, version_of};
 use crate::results::{LinuxBoot, Measured};
-use crate::signal::interrupted;
 
 /// What [`here`] measures.
 pub const HERE: &str = "Linux guest on /dev/kvm";
@@ -144,8 +144,8 @@ impl LinuxArgs {
     }
 }
 
-/// A Linux guest on this machine's /dev/kvm.
-pub fn here(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
+/// A Linux guest on this machine's /dev/kvm, in turns with `peers`.
+pub fn here(linux: &Linux, runs: u32, peers: &[PeerArg]) -> Result<LinuxBoot> {
     let open = |p: &Path| File::open(p).with_context(|| format!("opening {}", p.display()));
     let vmm = sibling("shoal-vmm")?;
     let kernel = shoal_vmm::kernel::load(&open(&linux.kernel)?)
@@ -159,25 +159,27 @@ pub fn here(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
         memory_mib: REFERENCE_MEMORY_MIB,
         pages: linux.args.pages.into(),
     };
-    let mut all = Vec::new();
+    let theirs = PeerGuest {
+        kernel: linux.kernel.clone(),
+        initrd: Some(linux.initrd.clone()),
+        cmdline: guest.cmdline.clone(),
+        memory_mib: guest.memory_mib,
+        marker: linux.args.marker.clone().into(),
+        at_once: false,
+    };
+    let peers = usable(peers, |arg| Peer::new(arg, &theirs));
+    let mut all = vec![Contender::new(SHOAL, "", Start::Shoal(Way::Plain(&vmm)))];
+    all.extend(peers.iter().map(Contender::peer));
     // The first start reads the VMM's own file and is not counted.
-    for run in 0..runs + 1 {
-        if interrupted() {
-            break;
-        }
-        let started = start_vmm(&Way::Plain(&vmm), &guest, linux.args.marker.as_bytes())?;
-        if run > 0 {
-            all.push(started);
-        }
-    }
-    if all.is_empty() {
-        bail!("interrupted before the first boot was measured");
-    }
-    if let Some(last) = all.last().filter(|_| linux.args.console) {
+    let started = take_turns(&mut all, &guest, &theirs.marker, 1, runs)?;
+    if let Some(last) = started.last().filter(|_| linux.args.console) {
         eprintln!("{}", last.output);
     }
-    let samples: Vec<f64> = all.iter().map(|s| ms(s.elapsed)).collect();
-    Ok(LinuxBoot::new(linux.what.clone(), samples, stages(&all)))
+    let samples: Vec<f64> = started.iter().map(|s| ms(s.elapsed)).collect();
+    Ok(LinuxBoot {
+        subjects: subjects(&all),
+        ..LinuxBoot::new(linux.what.clone(), samples, stages(&started))
+    })
 }
 
 /// Prints a boot as a table.
@@ -187,11 +189,14 @@ pub fn print(method: &str, boot: &LinuxBoot) {
         "  median of {} starts  {:.2} ms (spread {:.2} %)",
         boot.runs, boot.init_ms, boot.spread_percent
     );
+    if boot.subjects.len() > 1 {
+        print_subjects(&boot.subjects);
+    }
     print_stages(&boot.stages);
 }
 
 /// The same in the lab.
-pub fn lab(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
+pub fn lab(linux: &Linux, runs: u32, peers: &[PeerArg]) -> Result<LinuxBoot> {
     let mut inside = vec!["boot".into(), "--here".into(), "--json".into()];
     inside.extend(["--runs".into(), runs.to_string().into()]);
     inside.extend(["--kernel".into(), linux.kernel.clone().into_os_string()]);
@@ -204,7 +209,18 @@ pub fn lab(linux: &Linux, runs: u32) -> Result<LinuxBoot> {
     if linux.args.console {
         inside.push("--console".into());
     }
-    match crate::lab::run(&inside, &[&linux.kernel, &linux.initrd])?.measured {
+    let mut files = vec![linux.kernel.clone(), linux.initrd.clone()];
+    let found = |arg: &PeerArg| {
+        let arg = arg.found()?;
+        version_of(&arg)?;
+        let files = arg.files()?;
+        Ok((arg, files))
+    };
+    for (peer, needed) in usable(peers, found) {
+        inside.extend(["--peer".into(), peer.to_string().into()]);
+        files.extend(needed);
+    }
+    match crate::lab::run(&inside, &files.iter().collect::<Vec<_>>())?.measured {
         Measured::BootLinux(boot) => Ok(LinuxBoot {
             guest: linux.what.clone(),
             ..boot

@@ -21,6 +21,7 @@ mod history;
 mod io;
 mod jail;
 mod lab;
+mod libraries;
 mod linux;
 mod machine;
 #[allow(unsafe_code)]
@@ -296,8 +297,14 @@ fn measure_boot(args: BootArgs) -> anyhow::Result<()> {
         let linux = args.linux.resolve()?;
         let runs = args.runs.unwrap_or(3);
         match args.lab {
-            true => (linux::LAB, Measured::BootLinux(linux::lab(&linux, runs)?)),
-            false => (linux::HERE, Measured::BootLinux(linux::here(&linux, runs)?)),
+            true => (
+                linux::LAB,
+                Measured::BootLinux(linux::lab(&linux, runs, &args.beside.peers)?),
+            ),
+            false => (
+                linux::HERE,
+                Measured::BootLinux(linux::here(&linux, runs, &args.beside.peers)?),
+            ),
         }
     };
     deliver(method, machine, measured, &args.out)

@@ -3,17 +3,42 @@
 use super::{Part, line, plain};
 use crate::gate::durations;
 use crate::plot::{self, Plot, Ratio, escape, short};
-use crate::results::{Density, LinuxBoot, ProbeBoot, Stage};
+use crate::results::{Density, LinuxBoot, ProbeBoot, Stage, Subject};
 
 /// Boots of the probe guest.
 pub fn probe_boot(boot: &ProbeBoot) -> Part {
     let mut html = format!(
-        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n<table><tr><th>started<th class=n>ms\
-         <th class=n>p90<th class=n>÷ shoal-vmm<th>95 % interval<th>version</tr>\n",
+        "<p class=\"big\">shoal-vmm: {} ms, {} × the floor</p>\n",
         short(boot.vmm_ms),
         short(boot.ratio)
     );
-    for s in &boot.subjects {
+    html.push_str(&table(&boot.subjects));
+    if let Some(adds) = boot.jail_adds_ms {
+        line(&mut html, &format!("<p>The jail adds {} ms.</p>", short(adds)));
+    }
+    if !boot.jail_lacks.is_empty() {
+        let lacks = escape(&boot.jail_lacks.join(", "));
+        line(
+            &mut html,
+            &format!("<p>Where this was measured the jail lacks: {lacks}.</p>"),
+        );
+    }
+    let mut plots = comparison(&boot.subjects);
+    plots.push(("timeline", stacked("What a start is made of", &boot.stages)));
+    (
+        "From process start to the guest's first output".into(),
+        html,
+        plots,
+    )
+}
+
+/// How fast each was.
+fn table(subjects: &[Subject]) -> String {
+    let mut html =
+        "<table><tr><th>started<th class=n>ms<th class=n>p90<th class=n>÷ shoal-vmm<th>95 % interval\
+        <th>version</tr>\n"
+            .to_owned();
+    for s in subjects {
         let figures = [s.median_ms, s.p90_ms, s.ratio_to_shoal]
             .map(|f| format!("<td class=n>{}", short(f)))
             .concat();
@@ -29,23 +54,15 @@ pub fn probe_boot(boot: &ProbeBoot) -> Part {
         );
     }
     line(&mut html, "</table>");
-    if let Some(adds) = boot.jail_adds_ms {
-        line(&mut html, &format!("<p>The jail adds {} ms.</p>", short(adds)));
-    }
-    if !boot.jail_lacks.is_empty() {
-        let lacks = escape(&boot.jail_lacks.join(", "));
-        line(
-            &mut html,
-            &format!("<p>Where this was measured the jail lacks: {lacks}.</p>"),
-        );
-    }
-    let series: Vec<(&str, &[f64])> = boot
-        .subjects
+    html
+}
+
+fn comparison(subjects: &[Subject]) -> Vec<(&'static str, Plot)> {
+    let series: Vec<(&str, &[f64])> = subjects
         .iter()
         .map(|s| (s.name.as_str(), s.samples_ms.as_slice()))
         .collect();
-    let all: Vec<Ratio<'_>> = boot
-        .subjects
+    let all: Vec<Ratio<'_>> = subjects
         .iter()
         .map(|s| Ratio {
             name: &s.name,
@@ -53,19 +70,13 @@ pub fn probe_boot(boot: &ProbeBoot) -> Part {
             interval: s.ratio_interval,
         })
         .collect();
-    let plots = vec![
+    vec![
         (
             "ratios",
             plot::ratios("Start latency as a ratio", "× shoal-vmm", &all),
         ),
         ("latency", plot::cdf("Start latency, distribution", &series)),
-        ("timeline", stacked("What a start is made of", &boot.stages)),
-    ];
-    (
-        "From process start to the guest's first output".into(),
-        html,
-        plots,
-    )
+    ]
 }
 
 /// A boot's pieces, each named after the step that ends it, in words.
@@ -80,13 +91,18 @@ fn stacked(title: &str, stages: &[Stage]) -> Plot {
 
 /// Boots of Linux.
 pub fn linux_boot(boot: &LinuxBoot) -> Part {
-    let html = format!(
+    let mut html = format!(
         "<p class=\"big\">{} ms</p>\n<p>Median of {} boots; all within {} %.</p>\n",
         short(boot.init_ms),
         boot.runs,
         short(boot.spread_percent)
     );
-    let plots = vec![("timeline", stacked("What a boot is made of", &boot.stages))];
+    let mut plots = Vec::new();
+    if boot.subjects.len() > 1 {
+        html.push_str(&table(&boot.subjects));
+        plots = comparison(&boot.subjects);
+    }
+    plots.push(("timeline", stacked("What a boot is made of", &boot.stages)));
     (
         match boot.guest.as_str() {
             "" => "A Linux guest: to the first line of init".into(),

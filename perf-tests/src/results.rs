@@ -193,6 +193,9 @@ pub struct LinuxBoot {
     pub samples_ms: Vec<f64>,
     /// When each step was reached, from the same moment on (medians).
     pub stages: Vec<Stage>,
+    /// shoal-vmm and what was measured in turns with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub subjects: Vec<Subject>,
 }
 
 /// A step of a boot.
@@ -412,6 +415,20 @@ pub fn samples(what: &str, all: &[f64]) -> Result<(), String> {
     all.iter().try_for_each(|&s| figure(what, s))
 }
 
+fn subjects(all: &[Subject]) -> Result<(), String> {
+    count("subjects", all.len(), MAX_SUBJECTS)?;
+    all.iter().try_for_each(|s| {
+        text("a name", &s.name)?;
+        text("a version", &s.version)?;
+        figure("median_ms", s.median_ms)?;
+        figure("p90_ms", s.p90_ms)?;
+        figure("ratio_to_shoal", s.ratio_to_shoal)?;
+        figure("ratio_interval", s.ratio_interval.0)?;
+        figure("ratio_interval", s.ratio_interval.1)?;
+        samples("samples_ms", &s.samples_ms)
+    })
+}
+
 fn stages(all: &[Stage]) -> Result<(), String> {
     count("stages", all.len(), MAX_SUBJECTS * 2)?;
     all.iter().try_for_each(|s| {
@@ -425,19 +442,9 @@ impl ProbeBoot {
         figure("floor_ms", self.floor_ms)?;
         figure("vmm_ms", self.vmm_ms)?;
         figure("ratio", self.ratio)?;
-        count("subjects", self.subjects.len(), MAX_SUBJECTS)?;
         count("layers lacking", self.jail_lacks.len(), MAX_SUBJECTS)?;
         self.jail_lacks.iter().try_for_each(|l| text("a layer", l))?;
-        for s in &self.subjects {
-            text("a name", &s.name)?;
-            text("a version", &s.version)?;
-            figure("median_ms", s.median_ms)?;
-            figure("p90_ms", s.p90_ms)?;
-            figure("ratio_to_shoal", s.ratio_to_shoal)?;
-            figure("ratio_interval", s.ratio_interval.0)?;
-            figure("ratio_interval", s.ratio_interval.1)?;
-            samples("samples_ms", &s.samples_ms)?;
-        }
+        subjects(&self.subjects)?;
         stages(&self.stages)
     }
 }
@@ -453,6 +460,7 @@ impl LinuxBoot {
             spread_percent: (max - min) / median(&samples_ms) * 100.0,
             samples_ms,
             stages,
+            subjects: Vec::new(),
         }
     }
 
@@ -461,6 +469,7 @@ impl LinuxBoot {
         figure("init_ms", self.init_ms)?;
         figure("spread_percent", self.spread_percent)?;
         samples("samples_ms", &self.samples_ms)?;
+        subjects(&self.subjects)?;
         stages(&self.stages)
     }
 }

@@ -13,7 +13,7 @@ use tempfile::NamedTempFile;
 use super::watch::Vmm;
 use crate::boot::PROBE_MEMORY_MIB;
 use crate::driver::Reaped;
-use crate::peers::{Peer, PeerArg};
+use crate::peers::{PeerArg, version_of};
 
 /// What starts it.
 pub struct Starter {
@@ -58,7 +58,7 @@ impl Starter {
             .with_context(|| format!("{arg}: I/O is compared with qemu=PATH only"))?;
         Ok(Self {
             program: program.into(),
-            version: Peer::new(arg)?.version().into(),
+            version: version_of(arg)?,
             kernel: kernel.into(),
             _image: None,
             machine: LINUX,
