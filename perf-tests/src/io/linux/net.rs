@@ -16,6 +16,7 @@ use super::iperf3::{self, Iperf3, Stream};
 use super::ping::{self, Ping};
 use super::{Files, LabPart, MEMORY_MIB, check, image, in_lab, lab, part, value_name};
 use crate::driver::on_path;
+use crate::libraries::libraries;
 use crate::peers::usable;
 
 /// How it is measured with --here, and with --lab.
@@ -64,7 +65,7 @@ fn chosen(args: &NetArgs) -> &[Traffic] {
 /// The host's program and its libraries, which the lab has to have.
 fn server() -> Result<Vec<PathBuf>> {
     let program = find_server()?;
-    let mut all = image::libraries(&program)?;
+    let mut all = libraries(&program)?;
     all.push(program);
     Ok(all)
 }
