@@ -132,7 +132,7 @@ fn ours<'a>(
     })
 }
 
-/// As in `block`: a thread of its own for the disk, and the page cache. Buses are named, so that the root disk is the first.
+/// As in `block`: a thread of its own for the disk, and the page cache.
 fn theirs<'a>(
     qemu: &'a qemu::Starter,
     aio: &'static str,

@@ -108,13 +108,13 @@ fn here(args: &NetArgs, files: &Files) -> Result<IoResult> {
 /// What people call it, bytes of each operation, and how many take a second, or what the lab does in some.
 fn describe(stream: Option<Stream>) -> (&'static str, u64, u64) {
     let (name, bytes, here, lab) = match stream {
-        Some(Stream::TcpToHost) => ("TCP to the host, 128 KiB at a time", iperf3::BLOCK, 20_000, 1000),
-        Some(Stream::TcpToGuest) => ("TCP to the guest, 128 KiB at a time", iperf3::BLOCK, 20_000, 1000),
+        Some(Stream::TcpToHost) => ("TCP to the host, 128 KiB at a time", iperf3::BLOCK, 20_000, 500),
+        Some(Stream::TcpToGuest) => ("TCP to the guest, 128 KiB at a time", iperf3::BLOCK, 20_000, 500),
         Some(Stream::UdpToHost) => (
             "UDP to the host, packets of 64 bytes",
             iperf3::PACKET,
             300_000,
-            5000,
+            3000,
         ),
         None => (
             "packets of 64 bytes there and back, one at a time",
