@@ -220,10 +220,12 @@ const TURNS: u32 = 10;
 /// Runs all with the probe guest in turns.
 fn take_turns(pattern: &Pattern, args: &IoArgs, all: Vec<Contender<'_>>) -> Result<Option<IoPart>> {
     let tsc_per_second = sys::tsc_per_second();
+    let ops = args.ops.unwrap_or(pattern.ops);
     let plan = Plan {
         name: pattern.name.clone(),
         bytes_per_op: pattern.bytes_per_op,
-        ops: args.ops.unwrap_or(pattern.ops),
+        ops,
+        few: (ops / COUNTED_SHARE).max(1),
         warm_up: 1,
         turns: args.turns.unwrap_or(TURNS),
         counted: COUNTED_TURNS,
@@ -250,6 +252,8 @@ struct Plan {
     turns: u32,
     /// Turns after them, in which is counted.
     counted: u32,
+    /// Operations in each run of the other turns.
+    few: u64,
 }
 
 /// Runs all by `once` (operations, whether to count) in turns, every second turn in the opposite order.
@@ -258,12 +262,11 @@ fn in_turns(
     mut all: Vec<Contender<'_>>,
     once: impl Fn(&Contender<'_>, u64, bool) -> Result<Run>,
 ) -> Result<Option<IoPart>> {
-    let few = (plan.ops / COUNTED_SHARE).max(1);
     let turns = plan.warm_up + plan.turns + plan.counted;
     let progress = bar(turns, "turns").with_prefix(plan.name.clone());
     for turn in 0..turns {
         let (first, last) = (turn < plan.warm_up, turn >= plan.warm_up + plan.turns);
-        let ops = if first || last { few } else { plan.ops };
+        let ops = if first || last { plan.few } else { plan.ops };
         let mut order: Vec<usize> = (0..all.len()).filter(|&i| !all[i].failed).collect();
         if turn % 2 == 1 {
             order.reverse();

@@ -23,7 +23,7 @@ pub const HERE: &str = "Linux guest with fio (libaio, direct) on /dev/kvm; in tu
 pub const LAB: &str = "Linux guest with fio (libaio, direct) in the lab, time counted in instructions";
 
 /// What the lab does in some seconds.
-const LAB_OPS: u64 = 3000;
+const LAB_OPS: u64 = 2000;
 const LAB_DISK_MIB: u64 = 64;
 
 /// Runs the patterns one after the other.

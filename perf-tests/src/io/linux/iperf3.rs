@@ -47,8 +47,8 @@ impl Tool for Iperf3 {
         ADDRESSES
     }
 
-    /// So many blocks or packets, as fast as they go. The program is read from the root disk before it counts, and what it
-    /// prints is shown when it is over: each byte on the console is an exit.
+    /// So many blocks or packets, as fast as they go. The program and its libraries are read from the root disk before it
+    /// counts, and what it prints is shown when it is over: each byte on the console is an exit.
     fn arguments(&self, ops: u64) -> Vec<String> {
         let more = match self.stream {
             Stream::TcpToHost => "-l 128K",
@@ -56,7 +56,7 @@ impl Tool for Iperf3 {
             Stream::UdpToHost => "-l 64 -u -b 0",
         };
         let script = format!(
-            "{PATH} -v >/dev/null || exit; echo {BEGINS}; \
+            "{PATH} -v >/dev/null || exit; cat {PATH} /lib/*-linux-gnu/* >/dev/null; echo {BEGINS}; \
              {PATH} -c {HOST} -J -i 0 --connect-timeout 5000 -k {ops} {more} >/tmp/said; \
              code=$?; echo {ENDS}; cat /tmp/said; exit $code"
         );

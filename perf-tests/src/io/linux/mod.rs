@@ -173,6 +173,8 @@ fn part(
         name: format!("{}, {name}", tool.name()),
         bytes_per_op,
         ops,
+        // What a program does before it begins and after its end would tell the more, the fewer they are.
+        few: ops,
         // In the lab nothing gets warm, and no counter is disturbed.
         warm_up: u32::from(!in_lab()),
         turns: io.turns.unwrap_or(if in_lab() { 1 } else { 5 }),
@@ -201,7 +203,7 @@ struct LabPart {
 /// 30. QEMU's emulation of guests in the lab's machine now and then comes to a stop (seen with 7.2: a guest gets an interrupt
 /// that it has switched off, and waits for itself). Where time is counted in instructions it does so at the same moment
 /// each time, and not in a machine with a little more memory, in which everything happens a little later.
-const LIMITS: [u64; 3] = [60, 100, 200];
+const LIMITS: [u64; 4] = [40, 60, 100, 200];
 /// How much more memory each attempt has (MiB).
 const MORE: u64 = 16;
 
