@@ -200,9 +200,10 @@ struct LabPart {
 }
 
 /// How long a turn of one part may take in the lab at each attempt (s, by this machine's clock); on an idle machine 10 to
-/// 30. QEMU's emulation of guests in the lab's machine now and then comes to a stop (seen with 7.2: a guest gets an interrupt
-/// that it has switched off, and waits for itself). Where time is counted in instructions it does so at the same moment
-/// each time, and not in a machine with a little more memory, in which everything happens a little later.
+/// 30. Some labs come to a stop. QEMU (7.2, and later) emulates VMRUN so that an interrupt which KVM injects stays noted as an
+/// exception: if QEMU leaves its loop before the guest's next exit, for a timer of the lab's own machine, the guest gets the
+/// interrupt twice, in the middle of handling it, and waits for a lock of its own. Where time is counted in instructions that
+/// happens at the same moment each time, and not in a machine with a little more memory, where all comes a little later.
 const LIMITS: [u64; 4] = [40, 60, 100, 200];
 /// How much more memory each attempt has (MiB).
 const MORE: u64 = 16;
