@@ -2,6 +2,8 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -9,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::boot::BesideArgs;
 use crate::driver::{on_path, sibling};
 use crate::linux::Ours;
-use crate::machine::Machine;
+use crate::machine::{Machine, mem_available};
 use crate::peers::PeerArg;
 use crate::results::{Measured, ResultFile};
 use crate::signal::interrupted;
@@ -92,7 +94,13 @@ struct Bench {
     run: fn(&AllArgs) -> Result<(&'static str, Measured)>,
 }
 
-/// All, those first that say most in the least time.
+impl Bench {
+    fn in_lab(&self) -> bool {
+        self.needs.iter().any(|need| matches!(need, Need::Lab))
+    }
+}
+
+/// All. Those in the lab are run after the others, several at a time.
 const BENCHES: &[Bench] = &[
     Bench {
         name: "boot-probe",
@@ -231,36 +239,35 @@ pub fn run(args: &AllArgs) -> Result<()> {
     fs::create_dir_all(&args.out).with_context(|| format!("making the folder {}", args.out.display()))?;
     let chosen = |b: &&Bench| args.only.is_empty() || args.only.iter().any(|n| n == b.name);
     let benches: Vec<&Bench> = BENCHES.iter().filter(chosen).collect();
-    let (mut files, mut failed, mut skipped) = (Vec::new(), Vec::new(), 0);
-    for (i, bench) in benches.iter().enumerate() {
-        if interrupted() {
-            break;
+    let tally = Mutex::new(Tally::default());
+    let (lab, here): (Vec<_>, Vec<_>) = benches.iter().enumerate().partition(|(_, b)| b.in_lab());
+    let try_one = |(i, bench): (usize, &&Bench)| {
+        if !interrupted() {
+            println!("== {}/{} {}", i + 1, benches.len(), bench.name);
+            attempt(args, bench, i, &tally);
         }
-        println!("== {}/{} {}", i + 1, benches.len(), bench.name);
-        let machine = Machine::here();
-        if let Some(why) = bench.needs.iter().find_map(|need| need.missing(&machine)) {
-            println!("SKIP: {}: {why}", bench.name);
-            skipped += 1;
-            continue;
+    };
+    here.into_iter().for_each(try_one);
+    let waiting = Mutex::new(lab.into_iter());
+    thread::scope(|scope| {
+        for _ in 0..labs_at_once() {
+            scope.spawn(|| {
+                loop {
+                    let next = lock(&waiting).next();
+                    let Some(next) = next else { return };
+                    try_one(next);
+                }
+            });
         }
-        let begin = Instant::now();
-        match one(args, bench, machine) {
-            Ok(path) => {
-                println!("   {:.0} s, in {}", begin.elapsed().as_secs_f64(), path.display());
-                files.push(path);
-            }
-            // Ctrl-C reaches the lab too.
-            Err(_) if interrupted() => println!("   interrupted before it had measured anything"),
-            Err(e) => {
-                eprintln!("shoal-perf: {} failed: {e:#}", bench.name);
-                failed.push(bench.name);
-            }
-        }
-    }
+    });
+    let mut tally = tally.into_inner().unwrap_or_else(PoisonError::into_inner);
+    tally.files.sort();
+    let files: Vec<PathBuf> = tally.files.into_iter().map(|(_, path)| path).collect();
     println!(
-        "== {} measured, {} failed, {skipped} skipped",
+        "== {} measured, {} failed, {} skipped",
         files.len(),
-        failed.len()
+        tally.failed.len(),
+        tally.skipped
     );
     make_page(args, &files)?;
     if interrupted() {
@@ -269,10 +276,62 @@ pub fn run(args: &AllArgs) -> Result<()> {
             args.out.display()
         );
     }
-    if !failed.is_empty() {
-        bail!("failed: {}; the reasons are above", failed.join(", "));
+    if !tally.failed.is_empty() {
+        bail!("failed: {}; the reasons are above", tally.failed.join(", "));
     }
     Ok(())
+}
+
+/// What came of the benchmarks.
+#[derive(Default)]
+struct Tally {
+    /// Results, with the places of their benchmarks among all.
+    files: Vec<(usize, PathBuf)>,
+    failed: Vec<&'static str>,
+    skipped: usize,
+}
+
+/// One for each processor, if there is memory for them: in the lab time is counted in instructions, so that nothing is
+/// measured differently when other work goes on.
+fn labs_at_once() -> usize {
+    /// Of a machine of 2 GiB that is full, and of QEMU itself.
+    const BYTES: u64 = 3 << 30;
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let room = mem_available().map_or(1, |bytes| bytes / BYTES);
+    processors.min(room as usize).max(1)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Measures one where that can be done, and tells what came of it.
+fn attempt(args: &AllArgs, bench: &Bench, place: usize, tally: &Mutex<Tally>) {
+    let machine = Machine::here();
+    if let Some(why) = bench.needs.iter().find_map(|need| need.missing(&machine)) {
+        println!("SKIP: {}: {why}", bench.name);
+        lock(tally).skipped += 1;
+        return;
+    }
+    let begin = Instant::now();
+    let done = one(args, bench, machine);
+    // Two that are done at the same moment tell one after the other.
+    let mut tally = lock(tally);
+    match done.and_then(|(result, path)| result.deliver(false, Some(&path)).map(|()| path)) {
+        Ok(path) => {
+            println!("   {:.0} s, in {}", begin.elapsed().as_secs_f64(), path.display());
+            tally.files.push((place, path));
+        }
+        // Ctrl-C reaches the lab too.
+        Err(_) if interrupted() => println!(
+            "   {} was interrupted before it had measured anything",
+            bench.name
+        ),
+        Err(e) => {
+            eprintln!("shoal-perf: {} failed: {e:#}", bench.name);
+            tally.failed.push(bench.name);
+        }
+    }
 }
 
 fn check_names(only: &[String]) -> Result<()> {
@@ -286,8 +345,8 @@ fn check_names(only: &[String]) -> Result<()> {
     }
 }
 
-/// Measures one, prints it, and writes its file.
-fn one(args: &AllArgs, bench: &Bench, machine: Machine) -> Result<PathBuf> {
+/// Measures one; the result and the file that it belongs into.
+fn one(args: &AllArgs, bench: &Bench, machine: Machine) -> Result<(ResultFile, PathBuf)> {
     let path = args.out.join(bench.name).with_extension("json");
     // An older result must not pass for one of this run, should this fail.
     match fs::remove_file(&path) {
@@ -299,8 +358,7 @@ fn one(args: &AllArgs, bench: &Bench, machine: Machine) -> Result<PathBuf> {
     let (method, measured) = (bench.run)(args)?;
     let mut result = ResultFile::new(method, machine, interrupted(), measured);
     result.label.clone_from(&args.label);
-    result.deliver(false, Some(&path))?;
-    Ok(path)
+    Ok((result, path))
 }
 
 fn make_page(args: &AllArgs, files: &[PathBuf]) -> Result<()> {
