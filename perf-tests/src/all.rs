@@ -221,7 +221,7 @@ const BENCHES: &[Bench] = &[
         name: "limits",
         needs: &[Need::Kvm],
         run: |_| {
-            let result = io::limits::measure(&io::limits::LimitsArgs::default())?;
+            let result = io::limits::measure(&io::limits::LimitsArgs::short())?;
             Ok((io::limits::METHOD, Measured::Limits(result)))
         },
     },

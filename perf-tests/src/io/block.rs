@@ -62,6 +62,7 @@ impl BlockArgs {
             io: IoArgs::default(),
             fio: true,
             guest: GuestArgs::lab(),
+            patterns: vec![Access::RandRead],
             ..Self::all(&[])
         }
     }

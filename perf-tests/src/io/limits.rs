@@ -27,11 +27,12 @@ pub struct LimitsArgs {
     seconds: f64,
 }
 
-impl Default for LimitsArgs {
-    fn default() -> Self {
+impl LimitsArgs {
+    /// What `all` runs.
+    pub fn short() -> Self {
         Self {
             runs: 3,
-            seconds: 1.0,
+            seconds: 0.5,
         }
     }
 }

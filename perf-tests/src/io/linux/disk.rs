@@ -15,7 +15,7 @@ use super::super::results::IoResult;
 use super::super::watch::Vmm;
 use super::super::{Contender, qemu, result, shoal};
 use super::fio::{self, Fio};
-use super::{Files, LabPart, MEMORY_MIB, check, in_lab, lab, part, value_name};
+use super::{Files, MEMORY_MIB, check, in_lab, lab, part, value_name};
 use crate::peers::usable;
 
 /// How it is measured with --here, and with --lab.
@@ -35,28 +35,25 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
         .try_for_each(|&access| check_access(access))?;
     let files = Files::find(&args.guest, fio::PROGRAM, fio::PATH)?;
     match in_lab {
-        true => lab(&["block", "--fio"], &args.io, &lab_parts(args), &files, &[]),
+        true => lab(lab_words(args), &args.io, &files, &[]),
         false => here(args, &files),
     }
 }
 
 /// What the program in the lab is asked for.
-fn lab_parts(args: &BlockArgs) -> Vec<LabPart> {
-    let part = |&access: &Access| {
-        let mut words = vec!["--pattern".into(), value_name(&access)];
-        for (name, value) in [
-            ("--size", args.size),
-            ("--depth", args.depth),
-            ("--disk-mib", args.disk_mib.unwrap_or(LAB_DISK_MIB)),
-        ] {
-            words.extend([name.into(), value.to_string().into()]);
-        }
-        LabPart {
-            name: args.name(access),
-            words,
-        }
-    };
-    args.patterns().iter().map(part).collect()
+fn lab_words(args: &BlockArgs) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["block".into(), "--fio".into()];
+    for access in args.patterns() {
+        words.extend(["--pattern".into(), value_name(access)]);
+    }
+    for (name, value) in [
+        ("--size", args.size),
+        ("--depth", args.depth),
+        ("--disk-mib", args.disk_mib.unwrap_or(LAB_DISK_MIB)),
+    ] {
+        words.extend([name.into(), value.to_string().into()]);
+    }
+    words
 }
 
 fn check_access(access: Access) -> Result<()> {

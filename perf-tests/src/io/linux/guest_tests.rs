@@ -59,7 +59,17 @@ fn play(lines: &[&str]) -> Result<Outcome> {
         said.send((*line).into())?;
     }
     drop(said);
-    watch(&mut Script, &heard, &Three, 3, false)
+    let outcome = watch(&mut Script, &heard, &Three, 3, false, None)?;
+    outcome.context("it stood still")
+}
+
+#[test]
+fn a_guest_that_stands_still_is_noticed() {
+    let (said, heard) = sync_channel(1);
+    said.send(READY.to_owned()).unwrap();
+    let silence = Some(Duration::from_millis(1));
+    let outcome = watch(&mut Script, &heard, &Three, 3, false, silence).unwrap();
+    assert!(outcome.is_none());
 }
 
 const END: &str = "shoal-init: workload exited with code 0";

@@ -13,7 +13,6 @@ use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use shoal_devices::spec::AnyDeviceSpec;
@@ -23,10 +22,8 @@ use shoal_vmm::protocol::Pages;
 use super::results::{IoPart, IoResult};
 use super::{Contender, IoArgs, Plan, in_turns, shoal};
 use crate::driver::{Guest, sibling};
-use crate::lab::Lab;
 use crate::machine::Machine;
 use crate::results::Measured;
-use crate::signal::interrupted;
 use guest::{Tool, once};
 pub use image::missing;
 
@@ -154,9 +151,9 @@ fn check(io: &IoArgs, in_lab: bool) -> Result<()> {
     Ok(())
 }
 
-/// This is the lab.
+/// This is the lab, in which time is counted in instructions.
 fn in_lab() -> bool {
-    std::env::var_os("SHOAL_LAB").is_some()
+    std::env::var_os("SHOAL_LAB").is_some_and(|how| how == "icount")
 }
 
 /// Runs `tool` in all contenders' guests in turns.
@@ -191,74 +188,20 @@ fn part(
     }))
 }
 
-/// A part of a run in the lab.
-struct LabPart {
-    /// What it is called, for people.
-    name: String,
-    /// The words that ask for it.
-    words: Vec<OsString>,
-}
-
-/// How long a turn of one part may take in the lab at each attempt (s, by this machine's clock); on an idle machine 10 to
-/// 30. Some labs come to a stop. QEMU (7.2, and later) emulates VMRUN so that an interrupt which KVM injects stays noted as an
-/// exception: if QEMU leaves its loop before the guest's next exit, for a timer of the lab's own machine, the guest gets the
-/// interrupt twice, in the middle of handling it, and waits for a lock of its own. Where time is counted in instructions that
-/// happens at the same moment each time, and not in a machine with a little more memory, where all comes a little later.
-const LIMITS: [u64; 4] = [40, 60, 100, 200];
-/// How much more memory each attempt has (MiB).
-const MORE: u64 = 16;
-
-/// Runs this program once for each part, in a lab of its own, for a Linux guest on the lab's /dev/kvm.
-fn lab(what: &[&str], io: &IoArgs, parts: &[LabPart], files: &Files, more: &[PathBuf]) -> Result<IoResult> {
-    let copies: Vec<&PathBuf> = [&files.kernel, &files.root].into_iter().chain(more).collect();
-    let mut all: Option<IoResult> = None;
-    for part in parts {
-        if interrupted() {
-            break;
-        }
-        let io = lab_part(what, io, part, files, &copies)?;
-        match &mut all {
-            Some(all) => all.parts.extend(io.parts),
-            None => all = Some(io),
-        }
-    }
-    all.context("interrupted before the first part was done")
-}
-
-fn lab_part(
-    what: &[&str],
-    io: &IoArgs,
-    part: &LabPart,
-    files: &Files,
-    copies: &[&PathBuf],
-) -> Result<IoResult> {
-    let mut inside: Vec<OsString> = what.iter().map(Into::into).collect();
+/// Runs this program with `words` in the lab, for a Linux guest on the lab's /dev/kvm; `more` files go with it.
+fn lab(words: Vec<OsString>, io: &IoArgs, files: &Files, more: &[PathBuf]) -> Result<IoResult> {
+    let mut inside = words;
     inside.extend(["--here".into(), "--json".into()]);
     inside.extend(["--kernel".into(), files.kernel.clone().into()]);
     inside.extend(["--root".into(), files.root.clone().into()]);
     for (name, n) in [("--ops", io.ops), ("--turns", io.turns.map(u64::from))] {
         inside.extend(n.into_iter().flat_map(|n| [name.into(), n.to_string().into()]));
     }
-    inside.extend_from_slice(&part.words);
-    let mut lab = Lab::default();
-    for limit in LIMITS {
-        lab.limit = Duration::from_secs(limit) * io.turns.unwrap_or(1);
-        match lab.run(&inside, copies)?.map(|r| r.measured) {
-            Some(Measured::Io(io)) => return Ok(io),
-            Some(_) => bail!("the lab printed another kind of result"),
-            None => eprintln!(
-                "shoal-perf: {}: the lab was not done after {} s; once more in another",
-                part.name,
-                lab.limit.as_secs()
-            ),
-        }
-        lab.memory_mib += MORE;
+    let copies: Vec<&PathBuf> = [&files.kernel, &files.root].into_iter().chain(more).collect();
+    match crate::lab::run(&inside, &copies)?.measured {
+        Measured::Io(io) => Ok(io),
+        _ => bail!("the lab printed another kind of result"),
     }
-    bail!(
-        "{}: the lab was not done with it {} times",
-        part.name,
-        LIMITS.len()
-    )
 }
 
 /// The root disk, whose descriptor is the first.

@@ -1,5 +1,6 @@
 //! iperf3 and ping through a TAP in a network namespace of this benchmark's own.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,7 +15,7 @@ use super::super::{Contender, qemu, result, shoal, sys};
 use super::guest::Tool;
 use super::iperf3::{self, Iperf3, Stream};
 use super::ping::{self, Ping};
-use super::{Files, LabPart, MEMORY_MIB, check, image, in_lab, lab, part, value_name};
+use super::{Files, MEMORY_MIB, check, image, in_lab, lab, part, value_name};
 use crate::driver::on_path;
 use crate::libraries::libraries;
 use crate::peers::usable;
@@ -35,24 +36,18 @@ pub fn measure(args: &NetArgs) -> Result<IoResult> {
     check(&args.io, in_lab)?;
     let files = Files::find(&args.guest, iperf3::PROGRAM, iperf3::PATH)?;
     match in_lab {
-        true => lab(
-            &["net", "--iperf3"],
-            &args.io,
-            &lab_parts(args),
-            &files,
-            &server()?,
-        ),
+        true => lab(lab_words(args), &args.io, &files, &server()?),
         false => in_namespace(|| here(args, &files)),
     }
 }
 
 /// What the program in the lab is asked for.
-fn lab_parts(args: &NetArgs) -> Vec<LabPart> {
-    let part = |traffic: &Traffic| LabPart {
-        name: format!("iperf3, {traffic:?}"),
-        words: vec!["--pattern".into(), value_name(traffic)],
-    };
-    chosen(args).iter().map(part).collect()
+fn lab_words(args: &NetArgs) -> Vec<OsString> {
+    let mut words: Vec<OsString> = vec!["net".into(), "--iperf3".into()];
+    for traffic in chosen(args) {
+        words.extend(["--pattern".into(), value_name(traffic)]);
+    }
+    words
 }
 
 fn chosen(args: &NetArgs) -> &[Traffic] {
