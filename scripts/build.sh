@@ -7,7 +7,7 @@ target=${CARGO_TARGET_DIR:-target}/x86_64-unknown-linux-gnu
 echo "build: the programs (cargo)"
 # What people run unwinds on a panic; the VMM, the guest's init and what stands beside them in a comparison abort.
 cargo build --quiet --release -p shoald -p shoal-cli -p shoal-images -p shoal-lab -p shoal-perf
-cargo build --quiet --profile vmm -p shoal-vmm -p shoal-init -p shoal-jailer -p shoal-perf --bin shoal-floor \
+cargo build --quiet --profile vmm -p shoal-vmm -p shoal-init -p shoal-jailer -p shoal-floor --bin shoal-floor \
     --bin shoal-vmm --bin shoal-init --bin shoal-jailer --bin shoal-escape
 
 mkdir -p build/bin
