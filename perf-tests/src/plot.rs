@@ -194,7 +194,7 @@ pub fn timeline(title: &str, pieces: &[(&str, f64)]) -> Plot {
     let mut plot = Plot::new(title, 0.0);
     let total = pieces.iter().map(|p| p.1.max(0.0)).sum();
     let axis = Axis::linear(total, (12.0, WIDTH - 20.0));
-    draw_x(&mut plot, &axis, (8.0, 62.0), "ms from process start");
+    draw_x(&mut plot, &axis, (8.0, 62.0), "ms from the beginning");
     let mut at = 0.0;
     let mut names = Vec::new();
     for (i, &(name, took)) in pieces.iter().enumerate() {

@@ -35,6 +35,9 @@ pub struct BlockArgs {
     /// Size of the disk (MiB): its file is written anew, and stays in the page cache [default: 256; in the lab 64]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     pub(super) disk_mib: Option<u64>,
+    /// With --peer: how QEMU does its requests
+    #[arg(long, value_delimiter = ',', default_values = QEMU_AIO, value_parser = QEMU_AIO, value_name = "SORT,…")]
+    pub(super) qemu_aio: Vec<String>,
     /// By fio in a Linux guest, instead of the probe guest
     #[arg(long, group = "tool", requires = "linux_place", conflicts_with = "check")]
     fio: bool,
@@ -51,6 +54,8 @@ impl BlockArgs {
             size: 4096,
             depth: 32,
             disk_mib: None,
+            // The faster one.
+            qemu_aio: vec!["io_uring".into()],
             fio: false,
             guest: GuestArgs::none(),
         }
@@ -94,6 +99,8 @@ impl BlockArgs {
     }
 }
 
+/// How QEMU can do requests of a page-cached file.
+const QEMU_AIO: [&str; 2] = ["threads", "io_uring"];
 /// Size of the disk, if nobody says another (MiB).
 pub(super) const DISK_MIB: u64 = 256;
 /// The guest has 6 MiB of buffers.
@@ -172,7 +179,7 @@ pub fn measure(args: &BlockArgs) -> Result<IoResult> {
         all.extend(
             qemus
                 .iter()
-                .flat_map(|q| ["threads", "io_uring"].map(|aio| theirs(q, aio, &disk))),
+                .flat_map(|q| args.qemu_aio.iter().map(|aio| theirs(q, aio, &disk))),
         );
         take_turns(&access.pattern(args), &args.io, all)
     });
@@ -214,44 +221,58 @@ pub(super) fn ours<'a>(
     limits: Limits,
     disk: &'a NamedTempFile,
 ) -> Contender<'a> {
-    let name = match engine {
-        EngineKind::Sync => "shoal, sync",
-        EngineKind::IoUring => "shoal, io_uring",
-    };
-    Contender::new(name, "", move |words| {
-        let file = File::options().read(true).write(true).open(disk.path())?;
-        let spec = AnyDeviceSpec::Block(BlockSpec {
-            id: "perf".into(),
-            fd: shoal::slot(0),
-            read_only: false,
-            engine,
-            limits,
-            queues: 1,
-        });
-        let vmm = starter.start(words, vec![spec], &[OwnedFd::from(file)])?;
+    Contender::new(name_of(engine), "", move |words| {
+        let devices = vec![device(0, engine, limits)];
+        let vmm = starter.start(words, devices, &[open(disk)?])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)
     })
 }
 
-/// docs/devel/multiple-iothreads.txt, docs/system/qemu-block-drivers: a thread of its own for the disk; the page cache used
-/// as it is here (`cache=writeback`), for which `aio` is `threads` or `io_uring`: `native` needs O_DIRECT.
-fn theirs<'a>(qemu: &'a qemu::Starter, aio: &'static str, disk: &'a NamedTempFile) -> Contender<'a> {
-    let name = format!("qemu microvm, aio={aio}");
-    Contender::new(&name, qemu.version(), move |words| {
-        let mut drive = OsString::from("if=none,id=disk,format=raw,cache=writeback,aio=");
-        drive.push(aio);
-        drive.push(",file=");
-        drive.push(disk.path());
-        let arguments = [
-            "-object".into(),
-            "iothread,id=io0".into(),
-            "-drive".into(),
-            drive,
-            "-device".into(),
-            "virtio-blk-device,drive=disk,iothread=io0".into(),
-        ];
+/// What Shoal with an engine is called.
+pub(super) fn name_of(engine: EngineKind) -> &'static str {
+    match engine {
+        EngineKind::Sync => "shoal, sync",
+        EngineKind::IoUring => "shoal, io_uring",
+    }
+}
+
+/// The disk, whose descriptor is at `place` among those of devices.
+pub(super) fn device(place: u16, engine: EngineKind, limits: Limits) -> AnyDeviceSpec {
+    AnyDeviceSpec::Block(BlockSpec {
+        id: "perf".into(),
+        fd: shoal::slot(place),
+        engine,
+        limits,
+        ..BlockSpec::default()
+    })
+}
+
+/// The disk's file, to read and write.
+pub(super) fn open(disk: &NamedTempFile) -> Result<OwnedFd> {
+    Ok(File::options().read(true).write(true).open(disk.path())?.into())
+}
+
+fn theirs<'a>(qemu: &'a qemu::Starter, aio: &'a str, disk: &'a NamedTempFile) -> Contender<'a> {
+    Contender::new(&qemu_s_name(aio), qemu.version(), move |words| {
+        let mut arguments = qemu_s_disk(aio, disk);
+        arguments.extend(["-device", "virtio-blk-device,drive=disk,iothread=io0"].map(Into::into));
         Ok(Box::new(qemu.start(words, &arguments)?) as Box<dyn Vmm>)
     })
+}
+
+/// What QEMU with a sort of I/O is called.
+pub(super) fn qemu_s_name(aio: &str) -> String {
+    format!("qemu microvm, aio={aio}")
+}
+
+/// docs/devel/multiple-iothreads.txt, docs/system/qemu-block-drivers: a thread of its own (`io0`) for the disk (`disk`); the
+/// page cache used as it is here (`cache=writeback`), for which `aio` is `threads` or `io_uring`: `native` needs O_DIRECT.
+pub(super) fn qemu_s_disk(aio: &str, disk: &NamedTempFile) -> Vec<OsString> {
+    let mut drive = OsString::from("if=none,id=disk,format=raw,cache=writeback,aio=");
+    drive.push(aio);
+    drive.push(",file=");
+    drive.push(disk.path());
+    vec!["-object".into(), "iothread,id=io0".into(), "-drive".into(), drive]
 }
 
 #[cfg(test)]

@@ -1,16 +1,13 @@
 //! fio on a disk over a file in the page cache.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::Write;
-use std::os::fd::OwnedFd;
 
-use anyhow::{Context, Result, ensure};
-use shoal_devices::spec::AnyDeviceSpec;
-use shoal_devices::virtio::block::{BlockSpec, EngineKind};
+use anyhow::{Result, ensure};
+use shoal_devices::limit::Limits;
+use shoal_devices::virtio::block::EngineKind;
 use tempfile::NamedTempFile;
 
-use super::super::block::{Access, BlockArgs, DISK_MIB};
+use super::super::block::{self, Access, BlockArgs, DISK_MIB};
 use super::super::results::IoResult;
 use super::super::watch::Vmm;
 use super::super::{Contender, qemu, result, shoal};
@@ -65,7 +62,7 @@ fn check_access(access: Access) -> Result<()> {
 }
 
 fn here(args: &BlockArgs, files: &Files) -> Result<IoResult> {
-    let disk = disk(args.disk_mib.unwrap_or(DISK_MIB))?;
+    let disk = block::disk(args.disk_mib.unwrap_or(DISK_MIB) << 20)?;
     let starter = shoal::Starter::with(files.guest()?)?;
     let qemus = usable(&args.io.peers, |arg| {
         qemu::Starter::linux(arg, &files.kernel, MEMORY_MIB)
@@ -84,25 +81,12 @@ fn here(args: &BlockArgs, files: &Files) -> Result<IoResult> {
         all.extend(
             qemus
                 .iter()
-                .flat_map(|q| ["threads", "io_uring"].map(|aio| theirs(q, aio, files, &disk))),
+                .flat_map(|q| args.qemu_aio.iter().map(|aio| theirs(q, aio, files, &disk))),
         );
         let ops = args.io.ops.unwrap_or(if in_lab() { LAB_OPS } else { ops });
         part(&args.io, &args.name(access), args.size, ops, &tool, all)
     });
     result("block", parts)
-}
-
-/// A file of so many MiB in the page cache, without holes.
-fn disk(mib: u64) -> Result<NamedTempFile> {
-    let making = || format!("writing a disk of {mib} MiB to the folder for temporary files");
-    let mut file = NamedTempFile::new().with_context(making)?;
-    let piece = vec![0x5a; 1 << 20];
-    for _ in 0..mib {
-        file.write_all(&piece).with_context(making)?;
-    }
-    // Nothing is written back while it is measured.
-    file.as_file().sync_all().with_context(making)?;
-    Ok(file)
 }
 
 fn ours<'a>(
@@ -111,46 +95,24 @@ fn ours<'a>(
     files: &'a Files,
     disk: &'a NamedTempFile,
 ) -> Contender<'a> {
-    let name = match engine {
-        EngineKind::Sync => "shoal, sync",
-        EngineKind::IoUring => "shoal, io_uring",
-    };
-    Contender::new(name, "", move |words| {
-        let file = File::options().read(true).write(true).open(disk.path())?;
-        let disk = BlockSpec {
-            id: "perf".into(),
-            fd: shoal::slot(1),
-            engine,
-            ..BlockSpec::default()
-        };
-        let devices = vec![super::root(), AnyDeviceSpec::Block(disk)];
-        let vmm = starter.start(words, devices, &[files.open_root()?.into(), OwnedFd::from(file)])?;
+    Contender::new(block::name_of(engine), "", move |words| {
+        let devices = vec![super::root(), block::device(1, engine, Limits::default())];
+        let vmm = starter.start(words, devices, &[files.open_root()?.into(), block::open(disk)?])?;
         Ok(Box::new(vmm) as Box<dyn Vmm>)
     })
 }
 
-/// As in `block`: a thread of its own for the disk, and the page cache.
 fn theirs<'a>(
     qemu: &'a qemu::Starter,
-    aio: &'static str,
+    aio: &'a str,
     files: &'a Files,
     disk: &'a NamedTempFile,
 ) -> Contender<'a> {
-    let name = format!("qemu microvm, aio={aio}");
-    Contender::new(&name, qemu.version(), move |words| {
-        let mut drive = OsString::from("if=none,id=disk,format=raw,cache=writeback,aio=");
-        drive.push(aio);
-        drive.push(",file=");
-        drive.push(disk.path());
+    Contender::new(&block::qemu_s_name(aio), qemu.version(), move |words| {
         let mut arguments = files.qemu_root();
-        arguments.extend([
-            "-object".into(),
-            "iothread,id=io0".into(),
-            "-drive".into(),
-            drive,
-            "-device".into(),
-            "virtio-blk-device,drive=disk,iothread=io0,bus=virtio-mmio-bus.1".into(),
-        ]);
+        arguments.extend(block::qemu_s_disk(aio, disk));
+        let device = "virtio-blk-device,drive=disk,iothread=io0,bus=virtio-mmio-bus.1";
+        arguments.extend(["-device", device].map(Into::into));
         Ok(Box::new(qemu.start(words, &arguments)?) as Box<dyn Vmm>)
     })
 }
