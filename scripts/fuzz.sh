@@ -11,7 +11,7 @@ seconds=${1:-30}
 [ $# -eq 0 ] || shift
 cd "$(dirname "$0")/../fuzz"
 triple=x86_64-unknown-linux-gnu
-targets=${*:-"registers block net vsock console_ring sections kernel control api"}
+targets=${*:-"registers block net vsock console_ring sections kernel control api perf"}
 
 # The flags that cargo-fuzz gives to a nightly compiler; a stable one knows them as well. They replace the static linking
 # of .cargo/config.toml, which libFuzzer does not need.

@@ -21,7 +21,7 @@ const RUNS: u32 = 3;
 /// A figure that is held, and how it came about.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Baseline {
+pub struct Baseline {
     schema: u32,
     figure: Figure,
     /// Growth that is let pass (percent): another build of the guest's kernel is not the same to the instruction.
@@ -60,7 +60,7 @@ enum Figure {
 
 /// Why a baseline is refused.
 #[derive(Debug, thiserror::Error)]
-enum Refused {
+pub enum Refused {
     #[error("{0} is no baseline: {1}")]
     Malformed(PathBuf, serde_json::Error),
     #[error(
@@ -100,7 +100,8 @@ impl Baseline {
         Ok(Self::parse(path, &bytes)?)
     }
 
-    fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Refused> {
+    /// Reads a file's content.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Refused> {
         #[derive(Deserialize)]
         struct Head {
             schema: u32,

@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod costs;
+pub mod fuzzing;
 pub mod limits;
 mod lines;
 pub mod linux;
@@ -53,7 +54,7 @@ impl IoArgs {
     /// What `all` runs: fewer turns, since there are many parts, and the peers that can be driven.
     fn all(peers: &[PeerArg]) -> Self {
         Self {
-            turns: Some(5),
+            turns: Some(4),
             peers: peers.iter().filter(|p| p.qemu().is_some()).cloned().collect(),
             ..Self::default()
         }

@@ -119,7 +119,8 @@ impl Latencies {
     }
 }
 
-fn read(printed: &str, ops: u64) -> Result<Outcome> {
+/// What it has measured.
+pub fn read(printed: &str, ops: u64) -> Result<Outcome> {
     let report: Report =
         serde_json::from_str(json(printed)?).context("what fio printed is not what fio prints")?;
     let [job] = &report.jobs[..] else {

@@ -111,7 +111,8 @@ struct Packets {
     lost_packets: i64,
 }
 
-fn read(stream: Stream, printed: &str, ops: u64) -> Result<Outcome> {
+/// What it has measured.
+pub fn read(stream: Stream, printed: &str, ops: u64) -> Result<Outcome> {
     let report: Report =
         serde_json::from_str(json(printed)?).context("what iperf3 printed is not what iperf3 prints")?;
     if let Some(error) = report.error {

@@ -1,12 +1,12 @@
 //! I/O of a Linux guest: fio, iperf3 and ping as people run them, in Shoal and in QEMU, in turns. The lab runs the same.
 
 pub mod disk;
-mod fio;
-mod guest;
+pub(super) mod fio;
+pub(super) mod guest;
 mod image;
-mod iperf3;
+pub(super) mod iperf3;
 pub mod net;
-mod ping;
+pub(super) mod ping;
 mod server;
 
 use std::cell::RefCell;
