@@ -240,13 +240,11 @@ pub fn print(d: &Density) {
     if let Some(why) = &d.stopped_because {
         println!("  fewer than the {} asked for: {why}", d.guests_asked);
     }
+    let (mb, how) = d.host_mb();
+    println!("  host memory per guest  {mb:8.3} MB ({how})");
     println!(
-        "  host memory per guest  {:8.3} MB (slope of MemAvailable)",
-        d.host_mb_per_guest
-    );
-    println!(
-        "                         {:8.3} MB (first and last point)",
-        d.host_mb_per_guest_end_to_end
+        "           MemAvailable  {:8.3} MB (slope), {:.3} MB (first and last point)",
+        d.host_mb_per_guest, d.host_mb_per_guest_end_to_end
     );
     println!("  PSS per guest          {:8.3} MB", d.pss_mb_per_guest);
     for share in &d.shares {

@@ -58,7 +58,7 @@ pub fn headlines(measured: &Measured) -> Vec<(String, &'static str, f64)> {
         }
         Measured::BootLinux(boot) => vec![(format!("{}, to init", boot.guest), "ms", boot.init_ms)],
         Measured::Density(density) => vec![
-            ("Memory per idle guest".into(), "MB", density.host_mb_per_guest),
+            ("Memory per idle guest".into(), "MB", density.host_mb().0),
             ("PSS per idle guest".into(), "MB", density.pss_mb_per_guest),
         ],
         Measured::Io(io) => io.headlines(),

@@ -115,9 +115,10 @@ pub fn linux_boot(boot: &LinuxBoot) -> Part {
 
 /// Idle guests.
 pub fn density_run(d: &Density) -> Part {
+    let (mb, how) = d.host_mb();
     let mut html = format!(
-        "<p class=\"big\">{} MB of host memory per guest</p>\n<p>{} idle guests of {} MiB.</p>\n<table>\n",
-        short(d.host_mb_per_guest),
+        "<p class=\"big\">{} MB of host memory per guest</p>\n<p>By {how}; {} idle guests of {} MiB.</p>\n<table>\n",
+        short(mb),
         d.guests,
         d.guest_memory_mib
     );

@@ -475,6 +475,17 @@ impl LinuxBoot {
 }
 
 impl Density {
+    /// Host memory per guest (MB), and how it is known: where the guests have a cgroup of their own, by its account of all that
+    /// they took. MemAvailable does not count pages that the kernel has freed and keeps at hand, which the first guests get.
+    pub fn host_mb(&self) -> (f64, &'static str) {
+        let all = ["anon", "file", "kernel"];
+        let of_cgroup = self.shares.iter().filter(|s| all.contains(&s.kind.as_str()));
+        match self.accounts.as_str() {
+            "cgroup" => (of_cgroup.map(|s| s.mb).sum(), "the account of their cgroup"),
+            _ => (self.host_mb_per_guest, "slope of MemAvailable"),
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         // Memory given back by others during the run makes these negative.
         figure("host_mb_per_guest", self.host_mb_per_guest.abs())?;

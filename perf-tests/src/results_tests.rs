@@ -27,6 +27,25 @@ fn parse(text: &str) -> Result<ResultFile, Refused> {
 }
 
 #[test]
+fn memory_is_told_by_the_best_account() {
+    let text = |accounts: &str| {
+        format!(
+            r#"{{"guests_asked":1,"guests":1,"guest_memory_mib":128,"host_mb_per_guest":0.4,
+            "host_mb_per_guest_end_to_end":0.4,"pss_mb_per_guest":0.1,"rest_cpu_percent":0.0,"start_ms":1.0,"starts_ms":[],
+            "points":[],"leaks":{{"processes":0,"descriptors":0}},"accounts":"{accounts}",
+            "shares":[{{"kind":"anon","mb":0.125}},{{"kind":"kernel","mb":0.5}},{{"kind":"slab","mb":0.25}}]}}"#
+        )
+    };
+    let mb = |accounts| {
+        serde_json::from_str::<Density>(&text(accounts))
+            .unwrap()
+            .host_mb()
+            .0
+    };
+    assert_eq!((mb("cgroup"), mb("machine")), (0.625, 0.4));
+}
+
+#[test]
 fn what_is_written_is_read() {
     let file = sample();
     let text = serde_json::to_string_pretty(&file).unwrap();
