@@ -47,6 +47,14 @@ fi
 }
 
 mkdir -p "$cache"
+# Two at once, as labs that are started side by side: the second waits, and downloads nothing.
+exec 9> "$cache/cloud-kernel.lock"
+flock 9
+tree=$(newest)
+if [ -n "$tree" ]; then
+    echo "$tree"
+    exit 0
+fi
 work=$(mktemp -d "$cache/.cloud-kernel.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
@@ -63,6 +71,5 @@ archive=$(find "$work" -maxdepth 1 -name '*.deb')
 tree=$cache/$(basename "$archive" .deb | sed 's/%3a/:/')
 dpkg -x "$archive" "$work/tree"
 chmod 755 "$work/tree"
-# Two at once: the second finds the name taken and leaves the first one's tree alone.
-[ -e "$tree" ] || mv -T "$work/tree" "$tree" 2>/dev/null || [ -d "$tree" ]
+mv -T "$work/tree" "$tree"
 echo "$tree"
