@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// loop before the guest's next exit, for a timer of the lab's own machine, the guest gets the interrupt twice, in the middle
 /// of handling it, and waits for a lock of its own. Where time is counted in instructions that comes to pass at the same
 /// moment each time, and the next start is another moment.
-const SILENCE: Duration = Duration::from_millis(700);
+const SILENCE: Duration = Duration::from_millis(600);
 /// Starts of one guest in the lab.
 const STARTS: u32 = 4;
 /// How much of the console an error shows (bytes).
