@@ -44,6 +44,15 @@ pub fn sibling(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The folder of the images that `make images` builds, beside that of the programs.
+pub fn images() -> Result<PathBuf> {
+    let beside = sibling("shoal-vmm")?.with_file_name("..");
+    let beside = beside
+        .canonicalize()
+        .with_context(|| format!("finding the folder above {}", beside.display()))?;
+    Ok(beside.join("images"))
+}
+
 /// A program in a folder of PATH.
 pub fn on_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;

@@ -76,7 +76,7 @@ enum Command {
     Api(ApiCommand),
     /// What the jail adds to a start: alone, beside other jails, and with many mounts
     Jail(JailCommand),
-    /// Instructions and system calls that the host pays for a VMM's start and for each call of the API
+    /// Instructions and system calls that the host pays for a VMM's start, calls of the API and operations of devices
     Costs(CostsArgs),
     /// Every benchmark that can run here, and the report
     All(all::AllArgs),

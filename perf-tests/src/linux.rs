@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use shoal_vmm::protocol::Pages;
 
 use crate::boot::{Contender, SHOAL, Start, ms, print_stages, print_subjects, stages, subjects, take_turns};
-use crate::driver::{Guest, Way, sibling};
+use crate::driver::{Guest, Way, images, sibling};
 use crate::peers::{Peer, PeerArg, PeerGuest, usable, version_of};
 use crate::results::{LinuxBoot, Measured};
 
@@ -109,7 +109,7 @@ impl Ours {
 impl LinuxArgs {
     /// Finds the files: the given ones, else the reference ones of `make bench`, or those of Shoal's image.
     pub fn resolve(mut self) -> Result<Linux> {
-        let folder = sibling("shoal-vmm")?.with_file_name("../images");
+        let folder = images()?;
         let given = self.kernel.is_some() || self.initrd.is_some();
         let what = match (self.image, given) {
             (true, _) => "Shoal's own image",

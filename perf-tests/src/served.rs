@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::api::id;
 use crate::boot::{bar, ms};
 use crate::daemon::{Client, Daemon};
-use crate::driver::sibling;
+use crate::driver::{images, sibling};
 use crate::linux::IMAGE_MARKER;
 use crate::results::{LinuxBoot, Measured, Stage};
 use crate::signal::interrupted;
@@ -37,11 +37,10 @@ struct Image {
 
 impl Image {
     fn find() -> Result<Self> {
-        let vmm = sibling("shoal-vmm")?;
-        let folder = vmm.ancestors().nth(2).context("shoal-vmm lies in no folder")?;
+        let folder = images()?;
         // By the same path in the lab.
         let file = |name: &str| {
-            let path = folder.join("images").join(name);
+            let path = folder.join(name);
             ensure!(path.is_file(), "{} is missing: run `make images`", path.display());
             Ok(path)
         };

@@ -21,7 +21,7 @@ use shoal_vmm::protocol::Pages;
 
 use super::results::{IoPart, IoResult};
 use super::{Contender, IoArgs, Plan, in_turns, shoal};
-use crate::driver::{Guest, sibling};
+use crate::driver::{Guest, images};
 use crate::machine::Machine;
 use crate::results::Measured;
 use guest::{Tool, once};
@@ -84,7 +84,7 @@ impl Files {
     fn find(args: &GuestArgs, program: &str, destination: &str) -> Result<Self> {
         let kernel = match &args.kernel {
             Some(kernel) => kernel.clone(),
-            None => sibling("shoal-vmm")?.with_file_name("../images/vmlinux"),
+            None => images()?.join("vmlinux"),
         };
         let found = |path: &Path, what| {
             path.canonicalize().with_context(|| {
